@@ -1,0 +1,23 @@
+# RetinaNet with ConvMLP-S on COCO (paper Sec. 4.5, Table 5): 8 GPUs x 2 images,
+# 12 epochs; what is not here is mmdet's own RetinaNet recipe.
+_base_ = [
+    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    './_base_/default_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='ConvMLP',
+        arch='s',
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://shi-labs.com/projects/convmlp/checkpoints/convmlp_s_imagenet.pth',
+        ),
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
+
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4)
+)

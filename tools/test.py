@@ -1,0 +1,94 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint of any configuration of mmpretrain, mmdet or mmseg."""
+
+import argparse
+import os.path as osp
+
+from mmengine.config import Config, ConfigDict
+from mmengine.evaluator import DumpResults
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from convmlp_mm.cli import (
+    add_common_arguments,
+    check_data,
+    load_config,
+    one_line_errors,
+    prepare_processes,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='configuration file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', metavar='PKL', help='dump the predictions here')
+    parser.add_argument(
+        '--show-dir', help='draw predictions beside the ground truth into this folder'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation by tta_model and tta_pipeline of the '
+        'configuration',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def draw_to(cfg: Config, folder: str) -> None:
+    """Turn on the visualisation hook, whose options differ by toolkit."""
+    hook = cfg.default_hooks.get('visualization')
+    kind = hook.type.rpartition('.')[2] if hook else None
+    if kind == 'DetVisualizationHook':
+        hook.update(draw=True, test_out_dir=folder)
+    elif kind == 'SegVisualizationHook':
+        hook.draw = True
+        cfg.visualizer.save_dir = folder
+    elif kind == 'VisualizationHook':
+        hook.update(enable=True, out_dir=folder)
+    else:
+        raise ValueError(
+            '--show-dir needs default_hooks.visualization to be the hook of '
+            f'mmdet, mmseg or mmpretrain, but the configuration has {kind}'
+        )
+
+
+def prepare(args: argparse.Namespace) -> Config:
+    """Merge the options of testing into the configuration and check it."""
+    cfg = load_config(args)
+    if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
+        raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out must end with .pkl or .pickle, but got {args.out!r}')
+    cfg.load_from = args.checkpoint
+    if args.show_dir:
+        draw_to(cfg, args.show_dir)
+    if args.tta:
+        missing = {'tta_model', 'tta_pipeline'} - set(cfg)
+        if missing:
+            raise KeyError(
+                f'--tta needs {" and ".join(sorted(missing))} in the '
+                'configuration, which has none'
+            )
+        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    check_data(cfg, ('test',))
+    return cfg
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        cfg = prepare(args)
+    if args.check:
+        return
+    prepare_processes(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()

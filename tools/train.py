@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""Train any configuration of mmpretrain, mmdet or mmseg through its Runner."""
+
+import argparse
+import os.path as osp
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from convmlp_mm.cli import (
+    add_common_arguments,
+    check_data,
+    load_config,
+    one_line_errors,
+    prepare_processes,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='configuration file')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or without a value from the latest '
+        'in the work dir; if there is none, start as without the option',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='train in automatic mixed precision'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the batch size in use over '
+        'auto_scale_lr.base_batch_size',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> Config:
+    """Merge the options of training into the configuration and check it."""
+    cfg = load_config(args)
+    if args.amp:
+        if get_device() == 'cpu':
+            raise ValueError(
+                '--amp needs an accelerator: AmpOptimWrapper of mmengine does '
+                'not run on the CPU'
+            )
+        if cfg.optim_wrapper.get('type', 'OptimWrapper') not in (
+            'OptimWrapper',
+            'AmpOptimWrapper',
+        ):
+            raise ValueError(
+                '--amp replaces an optim_wrapper of type OptimWrapper, but the '
+                f'configuration has {cfg.optim_wrapper.type}'
+            )
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise KeyError(
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the '
+                'configuration, which has none'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume == 'auto':
+        # With nothing to resume, load_from of the configuration stays.
+        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        if cfg.resume:
+            cfg.load_from = None
+    elif args.resume is not None:
+        if '://' not in args.resume and not osp.isfile(args.resume):
+            raise FileNotFoundError(f'checkpoint {args.resume!r} does not exist')
+        cfg.resume, cfg.load_from = True, args.resume
+    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+    return cfg
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        cfg = prepare(args)
+    if args.check:
+        return
+    prepare_processes(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,149 @@
+"""What the command lines share."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from convmlp_mm.cli import (
+    check_data,
+    check_gpus,
+    load_config,
+    one_line_errors,
+    prepare_processes,
+)
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'train.json').write_text('{}')
+    return tmp_path
+
+
+def config(root, **changes):
+    dataset = dict(
+        type='CocoDataset',
+        data_root=str(root),
+        ann_file='train.json',
+        data_prefix=dict(img='train/'),
+    )
+    dataset.update(changes)
+    return Config(dict(train_dataloader=dict(dataset=dataset)))
+
+
+def args(path, **changes):
+    values = dict(
+        config=str(path), cfg_options=None, launcher='none', work_dir=None, local_rank=0
+    )
+    return Namespace(**{**values, **changes})
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / 'some.py'
+    path.write_text(
+        "data_root = 'data/coco/'\n"
+        "pipeline = [dict(x='data/y')]\n"
+        "d = dict(data_root=data_root, ann_file='a.json', pipeline=pipeline)\n"
+        'train_dataloader = dict(dataset=dict(dataset=d))\n'
+        "val_evaluator = [dict(ann_file=data_root + 'val.json')]\n"
+    )
+    return path
+
+
+def test_data_that_is_there_passes(data):
+    check_data(config(data), ('train', 'val', 'test'))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            dict(data_root='no/where'),
+            "data folder 'no/where' does not exist .*dataset.data_root",
+        ),
+        (dict(ann_file='b.json'), "annotation file '.*b.json'.*dataset.ann_file"),
+        (dict(data_prefix=dict(img='val/')), "data folder '.*val/'.*data_prefix.img"),
+        (dict(data_prefix='val'), "data folder '.*val'.*dataset.data_prefix in"),
+    ],
+)
+def test_missing_data_is_named_with_its_key(data, changes, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        check_data(config(data, **changes), ('train',))
+
+
+def test_wrapped_data_sets_are_checked(data):
+    inner = config(data, ann_file='b.json').train_dataloader.dataset
+    for wrapper, key in (
+        (dict(type='RepeatDataset', dataset=inner), 'dataset.dataset.ann_file'),
+        (dict(type='ConcatDataset', datasets=[inner]), 'dataset.datasets.0.ann_file'),
+    ):
+        cfg = Config(dict(train_dataloader=dict(dataset=wrapper)))
+        with pytest.raises(FileNotFoundError, match=key):
+            check_data(cfg, ('train',))
+
+
+def test_only_used_splits_remote_paths_and_downloads_are_left_alone(data):
+    check_data(config('no/where'), ('test',))
+    check_data(config('s3://bucket/coco'), ('train',))
+    check_data(config('no/where', type='mmpretrain.CIFAR10'), ('train',))
+
+
+def test_annotations_of_metrics_are_checked(data):
+    cfg = Config(dict(val_evaluator=dict(ann_file=str(data / 'none.json'))))
+    with pytest.raises(FileNotFoundError, match='val_evaluator.ann_file'):
+        check_data(cfg, ('val',))
+
+
+def test_missing_configuration_is_named():
+    with pytest.raises(FileNotFoundError, match="configuration 'x/y.py' does not"):
+        load_config(args('x/y.py'))
+
+
+def test_work_dir_comes_from_option_then_configuration_then_name(config_file):
+    assert load_config(args(config_file)).work_dir == 'work_dirs/some'
+    assert load_config(args(config_file, work_dir='w')).work_dir == 'w'
+    config_file.write_text("work_dir = 'of_config'\n")
+    assert load_config(args(config_file)).work_dir == 'of_config'
+
+
+@pytest.mark.parametrize('root', ['/new/root', '/new/root/'])
+def test_data_root_option_moves_all_paths_below_the_old_one(config_file, root):
+    options = dict(data_root=root)
+    cfg = load_config(args(config_file, cfg_options=options))
+    dataset = cfg.train_dataloader.dataset.dataset
+    assert Path(dataset.data_root) == Path('/new/root')
+    assert cfg.val_evaluator[0].ann_file == '/new/root/val.json'
+    assert (dataset.ann_file, dataset.pipeline[0].x) == ('a.json', 'data/y')
+    assert cfg.data_root == root
+
+
+def test_explicit_option_wins_over_data_root(config_file):
+    options = {'data_root': '/new', 'val_evaluator.0.ann_file': 'mine.json'}
+    cfg = load_config(args(config_file, cfg_options=options))
+    assert cfg.val_evaluator[0].ann_file == 'mine.json'
+
+
+def test_errors_become_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise KeyError('what came')
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].endswith('error: what came')
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    check_gpus()
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    with pytest.raises(ValueError, match='8 processes need as many GPUs, but 2'):
+        check_gpus()
+
+
+def test_single_process_is_left_alone():
+    cfg = Config(dict(launcher='none'))
+    prepare_processes(cfg)
+    assert 'model_wrapper_cfg' not in cfg

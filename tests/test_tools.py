@@ -1,0 +1,173 @@
+"""The command lines, run as users run them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / 'tools'
+SHAPES = ROOT / 'configs' / 'quickstart' / 'retinanet_convmlp_s_shapes.py'
+
+
+def run(*command, env=None, cwd=None, timeout=400):
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        env=env,
+    )
+
+
+def python(tool, *options, **kwargs):
+    return run(sys.executable, TOOLS / tool, *options, **kwargs)
+
+
+def bash(tool, *options, **kwargs):
+    return run('bash', TOOLS / tool, *options, **kwargs)
+
+
+def assert_one_line_error(result, *fragments):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if 'error:' in line]
+    assert len(lines) == 1 and 'Traceback' not in result.stderr, result.stderr
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    out = tmp_path_factory.mktemp('data') / 'shapes of tests'
+    made = python(
+        'make_shapes_dataset.py', out, '--train', 16, '--val', 6, '--size', 96
+    )
+    assert made.returncode == 0, made.stderr
+    return out
+
+
+@pytest.mark.parametrize(
+    ('command', 'fragments'),
+    [
+        (('dist_train.sh', 'no/config.py', 2), ["configuration 'no/config.py'"]),
+        (
+            ('dist_train.sh', ROOT / 'configs' / 'retinanet_convmlp_s.py', 2),
+            ["data folder 'data/coco/'", 'train_dataloader.dataset.data_root'],
+        ),
+        (('dist_train.sh', SHAPES, '2 4'), ["but got '2 4'"]),
+        (('dist_test.sh', SHAPES, 'no.pth', 1), ["checkpoint 'no.pth'"]),
+    ],
+)
+def test_launchers_report_mistakes_before_starting(tmp_path, command, fragments):
+    result = bash(*command, cwd=tmp_path)
+    assert_one_line_error(result, *fragments)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('tool', ['dist_train.sh', 'dist_test.sh'])
+def test_launchers_say_how_they_are_used(tool):
+    result = bash(tool, SHAPES)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f'usage: {tool} CONFIG')
+
+
+def test_missing_annotation_file_is_named(shapes, tmp_path):
+    options = ['--cfg-options', f'data_root={shapes}/coco']
+    options.append('train_dataloader.dataset.ann_file=annotations/none.json')
+    result = python('train.py', SHAPES, '--check', *options, cwd=tmp_path)
+    assert_one_line_error(result, 'annotations/none.json', 'dataset.ann_file')
+
+
+@pytest.mark.parametrize(
+    ('options', 'fragment'),
+    [
+        (['--resume', 'no.pth'], "checkpoint 'no.pth' does not exist"),
+        (['--auto-scale-lr', '--cfg-options', 'auto_scale_lr={}'], 'base_batch_size'),
+        pytest.param(
+            ['--amp'],
+            '--amp needs an accelerator',
+            marks=pytest.mark.skipif(
+                torch.cuda.is_available(), reason='with a GPU it is no mistake'
+            ),
+        ),
+    ],
+)
+def test_train_reports_options_that_cannot_be_met(tmp_path, options, fragment):
+    result = python('train.py', SHAPES, *options, cwd=tmp_path)
+    assert_one_line_error(result, fragment)
+    assert not any(tmp_path.iterdir())
+
+
+def scalars(work_dir):
+    """All records of the newest run, as mmengine writes them line by line."""
+    newest = max(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_train_resume_and_test(shapes, tmp_path):
+    work = tmp_path / 'work dir'
+    options = ['--cfg-options', f'data_root={shapes}/coco']
+    options += ['train_dataloader.batch_size=2', 'optim_wrapper.optimizer.lr=3e-3']
+    options += ['param_scheduler.0.end=2', 'model.test_cfg.score_thr=0.0']
+    options += ['default_hooks.logger.interval=1', 'train_cfg.val_interval=1']
+    options += ['default_hooks.checkpoint.interval=1']
+    train = ['dist_train.sh', SHAPES, 2, '--work-dir', work]
+
+    first = bash(*train, *options, 'train_cfg.max_epochs=1', cwd=tmp_path)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert (work / 'epoch_1.pth').is_file()
+    records = scalars(work)
+    # 16 pictures, 2 processes with 2 each.
+    assert [r['step'] for r in records if 'loss' in r] == [1, 2, 3, 4]
+
+    second = bash(*train, '--resume', *options, 'train_cfg.max_epochs=2', cwd=tmp_path)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert 'resumed epoch: 1, iter: 4' in second.stdout + second.stderr
+    records = scalars(work)
+    assert [r['step'] for r in records if 'loss' in r] == [5, 6, 7, 8]
+    trained = [r for r in records if 'coco/bbox_mAP_50' in r][-1]
+
+    dump = tmp_path / 'predictions.pkl'
+    test = ['dist_test.sh', SHAPES, work / 'epoch_2.pth', 2, '--out', dump]
+    tested = bash(*test, '--work-dir', tmp_path / 'test', *options, cwd=tmp_path)
+    assert tested.returncode == 0, tested.stderr[-2000:]
+    results = json.loads(max((tmp_path / 'test').glob('*/*.json')).read_text())
+    for key in ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/bbox_mAP_l'):
+        assert results[key] == trained[key]
+
+    sheet = tmp_path / 'sheet.png'
+    annotations = shapes / 'coco' / 'annotations' / 'instances_val2017.json'
+    drawn = python(
+        'show_detections.py', dump, annotations, sheet, '--num', 3, '--score-thr', 0.1
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert sheet.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.slow
+def test_one_process_draws_into_show_dir(shapes, tmp_path):
+    options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={shapes}/coco']
+    trained = python('train.py', SHAPES, *options, 'train_cfg.max_epochs=1')
+    assert trained.returncode == 0, trained.stderr[-2000:]
+    # One epoch is less than the interval: only the last checkpoint is there.
+    checkpoint = (tmp_path / 'last_checkpoint').read_text()
+    tested = python('test.py', SHAPES, checkpoint, '--show-dir', 'shown', *options)
+    assert tested.returncode == 0, tested.stderr[-2000:]
+    assert len(list(tmp_path.glob('*/shown/*.jpg'))) == 6
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_a_figure_and_a_picture(tmp_path):
+    out = tmp_path / 'quick start'
+    short = ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=16']
+    result = bash('quickstart.sh', out, *short)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r'^AP50 [01]\.\d+ on the validation', result.stdout, re.MULTILINE)
+    assert str(out / 'detections.png') in result.stdout
+    assert (out / 'detections.png').read_bytes().startswith(b'\x89PNG')

@@ -391,14 +391,14 @@ class ConvMLP(BaseModule):
     registry. It takes an image of any size from 32 pixels up, odd ones too
     (each stride of 2 rounds up), and works in channels-last memory throughout.
 
-    ====== ========== ============================ =========== ============
-    index  module     what it is (paper Sec. 3.1)  stride      channels
-    ====== ========== ============================ =========== ============
-    0      tokenizer  F1                           4           C1
-    1      conv_stages F2                          8           C2
-    2      stages.0   F3                           16          C3
-    3      stages.2   F4                           32          C4
-    ====== ========== ============================ =========== ============
+    ===== =========== ================ ====== ========
+    index module      map (Sec. 3.1)   stride channels
+    ===== =========== ================ ====== ========
+    0     tokenizer   F1               4      C1
+    1     conv_stages F2               8      C2
+    2     stages.0    F3               16     C3
+    3     stages.2    F4               32     C4
+    ===== =========== ================ ====== ========
 
     The output of ``stages.1`` is not in the table: the last stage refines it
     at the same stride. For a custom architecture of n Conv-MLP stages the rule

@@ -443,6 +443,44 @@ def test_every_trainable_parameter_gets_a_gradient(out_indices, switches):
         assert not missing
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Detector(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(nn.Conv2d(c, 2, 1) for c in backbone.out_channels)
+
+    def forward(self, x):
+        return sum(h(o).sum() for h, o in zip(self.heads, self.backbone(x)))
+
+
+def test_ddp_needs_no_search_for_unused_parameters(process_group):
+    for out_indices in ((0,), (1,), (0, 2), (3,), (0, 1, 2, 3)):
+        for frozen_stages in range(-1, 5):
+            model = Detector(
+                tiny(out_indices=out_indices, frozen_stages=frozen_stages, with_cp=True)
+            )
+            parallel = nn.parallel.DistributedDataParallel(model)
+            # The second forward raises if a gradient was missing in the first.
+            for _ in range(2):
+                parallel(torch.rand(2, 3, 32, 32)).backward()
+
+
+def test_gradients_have_the_layout_of_their_parameters():
+    """Else DDP copies each of them into its buckets with a transposition."""
+    model = ConvMLP('s')
+    sum(o.sum() for o in model(torch.rand(2, 3, 64, 64))).backward()
+    for name, param in model.named_parameters():
+        assert param.grad.stride() == param.stride(), name
+
+
 # Initialisation
 
 

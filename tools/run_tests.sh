@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Lint and the whole test suite, in an environment that is made first if need be.
+#
+#   tools/run_tests.sh [ARGUMENT OF PYTEST ...]    for example: -m 'not slow' -k wheel
+#
+# The choices of tools/setup_env.sh (STACK, VENV, ...) hold here too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$(bash tools/setup_env.sh tests)
+PATH="$(dirname "$python"):$PATH"
+export PATH
+
+status=0
+"$python" -m ruff check . || status=1
+"$python" -m ruff format --check . || status=1
+"$python" -m pytest "$@" || status=1
+exit "$status"

@@ -54,9 +54,14 @@ TEXTURES = {
     'plain': ('clouds', 'slope', 'sand'),
     'patterned': ('stripes', 'wood', 'checks'),
 }
-SIDES = (0.13, 0.55)  # longer side of an object, in shorter sides of its picture
-MIN_VISIBLE = 0.4  # share of an object that the frame and later objects leave
+SIDES = (0.14, 0.55)  # longer side of an object, in shorter sides of its picture
+MIN_VISIBLE = 0.5  # share of an object that the frame and later objects leave
 MIN_PIXELS = 16  # what they leave at least
+# As fruits have: most objects have a hue of their class, so that a small set is
+# enough to learn from; the shape decides for the others.
+HUES = {name: 360 * i / len(OBJECTS) for i, name in enumerate(OBJECTS)}
+HUE_SPREAD = 25.0  # degrees to either side
+OWN_HUE = 0.9  # share of the objects that have it
 MIN_CONTRAST = 45.0  # CIELAB distance of an object to all that is around it
 CROWD_EVERY, CROWD_AT = 8, 4  # pictures 4, 12, 20, ... hold a crowd
 SCALE = 4  # outlines are drawn this much larger, then averaged down
@@ -125,14 +130,22 @@ def convert(colours: Any, code: int) -> np.ndarray:
     return cv2.cvtColor(np.float32(colours)[None], code)[0]
 
 
-def pick_colour(rng: Generator, around: np.ndarray) -> np.ndarray:
+def pick_colour(rng: Generator, name: str, around: np.ndarray) -> np.ndarray:
     """A vivid colour that stands out from the (N, 3) colours around it.
 
+    Args:
+        rng: Source of random numbers.
+        name: Class of the object to be coloured.
+        around: (N, 3) float32 BGR, the colours to stand out from.
+
     Returns:
-        (3,) float32 BGR: the first of 64 that is ``MIN_CONTRAST`` away from them
+        (3,) float32 BGR: the first of 128 that is ``MIN_CONTRAST`` away from them
         all, or the one that is farthest if there is none.
     """
-    some = rng.uniform([0, 0.5, 0.35], [360, 1, 1], (64, 3))
+    # Contrast goes before the hue of the class: the second half is of any hue.
+    first = HUE_SPREAD if rng.random() < OWN_HUE else 180.0
+    some = rng.uniform([-1, 0.5, 0.35], [1, 1, 1], (128, 3))
+    some[:, 0] = (HUES[name] + some[:, 0] * np.repeat([first, 180], 64)) % 360
     some = convert(some, cv2.COLOR_HSV2BGR)
     # Distance in CIELAB is contrast as the eye has it.
     apart = convert(some, cv2.COLOR_BGR2LAB)[:, None]
@@ -209,7 +222,8 @@ def make_object(
         roam: Middle part of the picture in which its centre lies, as a share of
             each side. Default: 0.8.
     """
-    side = rng.uniform(*sides) * min(h, w)
+    # Even in its logarithm: as many objects of 20 to 30 pixels as of 40 to 60.
+    side = math.exp(rng.uniform(*np.log(sides))) * min(h, w)
     centre = [w, h] * (0.5 + roam * rng.uniform(-0.5, 0.5, 2))
     contours = [c * side + centre for c in outline(rng, OBJECTS[category])]
     areas = [cv2.contourArea(np.float32(c)) for c in contours]
@@ -310,7 +324,7 @@ def paint(
     angle = rng.uniform(0, 2 * math.pi)
     light_x, light_y = math.cos(angle), math.sin(angle)  # where it comes from
     for layer in layers:
-        colour = pick_colour(rng, colours)
+        colour = pick_colour(rng, OBJECTS[layer.category], colours)
         colours = np.vstack([colours, colour])
         # Seen as a height, an object rises from its edge: to a bevel or a dome.
         depth = cv2.distanceTransform(np.uint8(layer.cover >= 0.5), cv2.DIST_L2, 3)
@@ -318,7 +332,7 @@ def paint(
         height = np.sqrt(np.minimum(depth / bevel, 1)) * min(bevel, 0.05 * max(h, w))
         rise_y, rise_x = np.gradient(cv2.GaussianBlur(height, (0, 0), 1.0))
         shade = np.clip(1 - 0.35 * (rise_x * light_x + rise_y * light_y), 0.6, 1.35)
-        surface = texture(rng, BACKGROUNDS[int(rng.random() < 0.3)], h, w)
+        surface = texture(rng, BACKGROUNDS[int(rng.random() < 0.2)], h, w)
         tone = shade * (1.05 - 0.25 * surface)
         far = rng.uniform(0.01, 0.025) * max(h, w)
         move = np.float32([[1, 0, -light_x * far], [0, 1, -light_y * far]])

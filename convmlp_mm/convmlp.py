@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath, build_activation_layer, build_norm_layer
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.model.weight_init import update_init_info
+from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -658,7 +658,8 @@ class ConvMLP(BaseModule):
                 other shapes; the message names them.
         """
         cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg
-        pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
+        kinds = ('Pretrained', PretrainedInit)
+        pretrained = [cfg for cfg in cfgs if cfg['type'] in kinds]
         if self.is_init or not pretrained:
             super().init_weights()
             return

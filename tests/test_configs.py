@@ -107,10 +107,3 @@ def test_leaf_holds_only_what_differs():
         for key in base:
             if key != 'model':
                 assert cfg[key] == base[key]
-
-
-def test_other_projects_can_inherit_by_scope(tmp_path):
-    leaf = tmp_path / 'mine.py'
-    leaf.write_text("_base_ = 'convmlp_mm::retinanet_convmlp_s.py'\n")
-    cfg = Config.fromfile(str(leaf))
-    assert cfg.model == load('retinanet_convmlp_s.py').model

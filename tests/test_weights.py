@@ -9,6 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -205,6 +206,13 @@ def test_url_is_fetched_once_into_the_cache(published, save, tmp_path, monkeypat
         server.shutdown()
         server.server_close()
     assert [p.name for p in (tmp_path / 'cache').rglob('*.*')] == ['weights.pth']
+
+
+def test_pretrained_by_class_is_strict_too(published, save):
+    del published['tokenizer.block.0.weight']
+    init_cfg = dict(type=PretrainedInit, checkpoint=str(save(published)))
+    with pytest.raises(ValueError, match='1 missing'):
+        ConvMLP(TINY, init_cfg=init_cfg).init_weights()
 
 
 def test_other_initialisers_beside_pretrained_give_way(published, save):

@@ -51,11 +51,12 @@ def draw(axes, image: np.ndarray, boxes, labels, texts, scale=(1.0, 1.0)) -> Non
         )
         axes.text(
             x1,
-            y1,
+            max(y1, 0),
             text,
             fontsize=6,
             color='white',
-            va='bottom',
+            # Above the box, but for boxes at the upper edge.
+            va='bottom' if y1 > 0.06 * image.shape[0] else 'top',
             bbox=dict(facecolor=colour, edgecolor='none', pad=0.8),
         )
 
@@ -122,7 +123,7 @@ def main() -> None:
     index = np.linspace(0, len(samples) - 1, min(args.num, len(samples))).astype(int)
     names = class_names(args.annotations)
     figure = draw_sheet([samples[i] for i in index], names, args.score_thr, args.title)
-    figure.savefig(args.out, dpi=150)
+    figure.savefig(args.out, dpi=120)
     print(f'wrote {args.out}')
 
 

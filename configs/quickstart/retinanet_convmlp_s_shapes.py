@@ -8,9 +8,15 @@ metainfo = dict(classes=classes)
 
 model = dict(
     backbone=dict(init_cfg=None, drop_path_rate=0.0),
-    neck=dict(out_channels=64),
+    # From random weights a detector learns much faster with norms in neck and
+    # head (He et al., Rethinking ImageNet Pre-training, Sec. 3.1).
+    neck=dict(out_channels=64, norm_cfg=dict(type='BN')),
     bbox_head=dict(
-        num_classes=len(classes), in_channels=64, feat_channels=64, stacked_convs=2
+        num_classes=len(classes),
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        norm_cfg=dict(type='GN', num_groups=8),
     ),
 )
 
@@ -31,7 +37,7 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -49,20 +55,18 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=10, val_interval=10)
+train_cfg = dict(max_epochs=8, val_interval=8)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
-        T_max=10,
+        T_max=8,
         eta_min_ratio=0.01,
         begin=0,
-        end=10,
+        end=8,
         by_epoch=True,
         convert_to_iter_based=True,
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05))
-default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=10, max_keep_ckpts=1)
-)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=8))

@@ -47,6 +47,16 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+class _CfgOptions(DictAction):
+    """mmengine's action, which takes the spaces out of every value, paths too."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> object:
+        if ' ' in val and not set('[](),') & set(val):
+            return val
+        return DictAction._parse_iterable(val)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share, named as in mmdet.
 
@@ -61,7 +71,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_CfgOptions,
         metavar='KEY=VALUE',
         help='override settings of the configuration, for instance '
         'optim_wrapper.optimizer.lr=2e-4; lists as key="[a,b]". data_root '

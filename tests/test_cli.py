@@ -1,12 +1,13 @@
 """What the command lines share."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
 from convmlp_mm.cli import (
+    add_common_arguments,
     check_data,
     check_gpus,
     load_config,
@@ -118,6 +119,16 @@ def test_data_root_option_moves_all_paths_below_the_old_one(config_file, root):
     assert cfg.val_evaluator[0].ann_file == '/new/root/val.json'
     assert (dataset.ann_file, dataset.pipeline[0].x) == ('a.json', 'data/y')
     assert cfg.data_root == root
+
+
+def test_option_values_keep_their_spaces():
+    parser = ArgumentParser()
+    add_common_arguments(parser)
+    options = ['data_root=/my data/coco', 'lr=2e-4', 'scale=(320, 192)', 'cfg=None']
+    parsed = parser.parse_args(['--cfg-options', *options]).cfg_options
+    assert parsed == dict(
+        data_root='/my data/coco', lr=2e-4, scale=(320, 192), cfg=None
+    )
 
 
 def test_explicit_option_wins_over_data_root(config_file):

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / 'tools' / 'setup_env.sh'
 CHOICES = ('STACK', 'VENV', 'PYTHON', 'TORCH_VERSION', 'TORCHVISION_VERSION', 'CXX')
+ACTIVE = ('VIRTUAL_ENV', 'CONDA_PREFIX')
 HAS_STACK = all(util.find_spec(m) for m in ('mmcv', 'mmdet', 'mmseg', 'mmpretrain'))
 
 # What the script may call, without any compiler.
@@ -49,7 +50,7 @@ def setup_env(checkout, tmp_path):
     """Return a function that runs the script with a cache of its own."""
 
     def run(*extras, **choices):
-        kept = {k: v for k, v in os.environ.items() if k not in CHOICES}
+        kept = {k: v for k, v in os.environ.items() if k not in CHOICES + ACTIVE}
         return subprocess.run(
             ['bash', str(checkout / 'tools' / 'setup_env.sh'), *extras],
             env={**kept, 'XDG_CACHE_HOME': str(tmp_path / 'cache'), **choices},

@@ -35,7 +35,7 @@ def _history_buffer_attribute(owner: type, name: str) -> object:
 
     ``getattr`` as such would let a pickle walk from any object to any other.
     """
-    if owner is HistoryBuffer and name in HistoryBuffer._statistics_methods:
+    if owner is HistoryBuffer and not name.startswith('_'):
         return getattr(owner, name)
     raise pickle.UnpicklingError(f'attribute {name!r} of {owner!r} is not allowed')
 
@@ -108,7 +108,11 @@ def read_checkpoint(
                 source, map_location=map_location, weights_only=True
             )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch puts the object in question into the middle of much advice, which
+        # recommends to load it all the same.
+        lines = str(error).rpartition('WeightsUnpickler error:')[2].splitlines()
+        lines = [line for line in lines if line and 'weights_only' not in line]
+        reason = lines[0].strip() if lines else type(error).__name__
         raise ValueError(
             f'checkpoint {filename!r} is not a file of plain weights, is cut '
             f'short, or holds objects that are not allowed: {reason}'

@@ -95,7 +95,7 @@ def test_prefix_that_matches_nothing_raises(published, save):
         build(save(published), 'encoder').init_weights()
 
 
-def test_checkpoint_of_the_runner_loads(published, save):
+def test_checkpoint_of_the_runner_loads(published, save, monkeypatch):
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
     checkpoint = dict(
         meta=dict(epoch=1, iter=2, seed=0),
@@ -103,6 +103,8 @@ def test_checkpoint_of_the_runner_loads(published, save):
         message_hub=dict(log_scalars={'train/loss': buffer}),
     )
     path = save(checkpoint)
+    # As in a new process: they are registered with the first buffer.
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', {})
     if not hasattr(torch.serialization, 'safe_globals'):
         with pytest.raises(ValueError, match='objects that are not allowed'):
             read_checkpoint(path)
@@ -162,7 +164,7 @@ class Malicious:
 
 def test_pickled_code_does_not_run(published, save, tmp_path):
     published['backdoor'] = Malicious(str(tmp_path / 'opened'))
-    with pytest.raises(ValueError, match='objects that are not allowed'):
+    with pytest.raises(ValueError, match='objects that are not allowed: .*mkdir'):
         read_checkpoint(save(published))
     assert not (tmp_path / 'opened').exists()
 

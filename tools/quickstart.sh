@@ -29,13 +29,15 @@ echo '== 3/3 evaluating on pictures that it has not seen, and drawing'
 checkpoint=$(cat "$out/train/last_checkpoint")
 bash "$tools/dist_test.sh" "$config" "$checkpoint" 1 --work-dir "$out/test" \
     --out "$out/predictions.pkl" "${options[@]}" 2>&1 | tee "$out/test.log"
-ap50=$(grep -o 'bbox_mAP_50: [0-9.]*' "$out/test.log" | tail -n 1)
+# A detector that finds nothing is not given a figure.
+ap50=$(grep -o 'bbox_mAP_50: [0-9.]*' "$out/test.log" | tail -n 1 || true)
+ap50=${ap50:-bbox_mAP_50: 0 (nothing found)}
 python "$tools/show_detections.py" "$out/predictions.pkl" \
     "$data/coco/annotations/instances_val2017.json" "$out/detections.png" \
-    --title "ConvMLP-S + RetinaNet, generated validation set, ${ap50/bbox_mAP_50:/AP50}"
+    --title "ConvMLP-S + RetinaNet, generated validation set, ${ap50/bbox_mAP_50/AP50}"
 
 echo
-echo "${ap50/bbox_mAP_50:/AP50} on the validation pictures, $((SECONDS - started)) s after set-up"
+echo "${ap50/bbox_mAP_50/AP50} on the validation pictures, $((SECONDS - started)) s after set-up"
 echo "pictures:   $out/detections.png"
 echo "checkpoint: $checkpoint"
 echo "logs:       $out/train"

@@ -30,6 +30,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .weights import load_backbone_weights
 
+if hasattr(torch.compiler, 'is_compiling'):
+    COMPILES_CHECKPOINTS = True
+    from torch.compiler import is_compiling
+else:  # torch 2.2, whose compiler loses the buffer updates of a checkpoint
+    COMPILES_CHECKPOINTS = False
+    from torch._utils import is_compiling
+
 __all__ = ['ConvMLP']
 
 # Read-only, so that no caller can change a default for everybody else.
@@ -76,9 +83,11 @@ def _run(module: nn.Module, x: Tensor, with_cp: bool) -> Tensor:
     """
     if not (with_cp and torch.is_grad_enabled()):
         return module(x)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # The compiler refuses context_fn, and does not repeat buffer updates.
-        return checkpoint(module, x, use_reentrant=False)
+        if COMPILES_CHECKPOINTS:
+            return checkpoint(module, x, use_reentrant=False)
+        return module(x)
     return checkpoint(
         module,
         x,

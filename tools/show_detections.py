@@ -38,13 +38,13 @@ def class_names(annotations: str) -> list[str]:
     return [c['name'] for c in mmengine.load(annotations)['categories']]
 
 
-def draw(axes, image: np.ndarray, boxes, labels, texts, scale=(1.0, 1.0)) -> None:
-    """Draw boxes (N, 4) as x1, y1, x2, y2 in pixels of the image times scale."""
+def draw(axes, image: np.ndarray, boxes, labels, texts) -> None:
+    """Draw boxes (N, 4) as x1, y1, x2, y2 in pixels of the image."""
     axes.imshow(image, interpolation='bilinear')
     axes.set_axis_off()
     colours = plt.get_cmap('tab10').colors
     for box, label, text in zip(boxes, labels, texts):
-        x1, y1, x2, y2 = np.asarray(box) / np.asarray([*scale, *scale])
+        x1, y1, x2, y2 = box
         colour = colours[label % len(colours)]
         axes.add_patch(
             plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.6)
@@ -87,7 +87,7 @@ def draw_sheet(samples: list[dict], names: list[str], score_thr: float, title: s
         left, right = grid[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
         image = mmcv.imread(sample['img_path'], channel_order='rgb')
         truth, found = sample['gt_instances'], sample['pred_instances']
-        # Boxes of the ground truth are those of the resized image.
+        # mmdet's test pipelines load it after resizing: both are in pixels of the file.
         labels = truth['labels'].tolist()
         draw(
             left,
@@ -95,7 +95,6 @@ def draw_sheet(samples: list[dict], names: list[str], score_thr: float, title: s
             truth['bboxes'].numpy(),
             labels,
             [names[label] for label in labels],
-            sample['scale_factor'],
         )
         keep = found['scores'] >= score_thr
         labels = found['labels'][keep].tolist()

@@ -57,11 +57,10 @@ TEXTURES = {
 SIDES = (0.14, 0.55)  # longer side of an object, in shorter sides of its picture
 MIN_VISIBLE = 0.5  # share of an object that the frame and later objects leave
 MIN_PIXELS = 16  # what they leave at least
-# As fruits have: most objects have a hue of their class, so that a small set is
-# enough to learn from; the shape decides for the others.
+# As fruits have, objects have a hue of their class, where it stands out from what is
+# around: with colour and shape to go by, a small set is enough to learn from.
 HUES = {name: 360 * i / len(OBJECTS) for i, name in enumerate(OBJECTS)}
 HUE_SPREAD = 25.0  # degrees to either side
-OWN_HUE = 0.9  # share of the objects that have it
 MIN_CONTRAST = 45.0  # CIELAB distance of an object to all that is around it
 CROWD_EVERY, CROWD_AT = 8, 4  # pictures 4, 12, 20, ... hold a crowd
 SCALE = 4  # outlines are drawn this much larger, then averaged down
@@ -143,9 +142,8 @@ def pick_colour(rng: Generator, name: str, around: np.ndarray) -> np.ndarray:
         all, or the one that is farthest if there is none.
     """
     # Contrast goes before the hue of the class: the second half is of any hue.
-    first = HUE_SPREAD if rng.random() < OWN_HUE else 180.0
     some = rng.uniform([-1, 0.5, 0.35], [1, 1, 1], (128, 3))
-    some[:, 0] = (HUES[name] + some[:, 0] * np.repeat([first, 180], 64)) % 360
+    some[:, 0] = (HUES[name] + some[:, 0] * np.repeat([HUE_SPREAD, 180], 64)) % 360
     some = convert(some, cv2.COLOR_HSV2BGR)
     # Distance in CIELAB is contrast as the eye has it.
     apart = convert(some, cv2.COLOR_BGR2LAB)[:, None]
@@ -222,8 +220,7 @@ def make_object(
         roam: Middle part of the picture in which its centre lies, as a share of
             each side. Default: 0.8.
     """
-    # Even in its logarithm: as many objects of 20 to 30 pixels as of 40 to 60.
-    side = math.exp(rng.uniform(*np.log(sides))) * min(h, w)
+    side = rng.uniform(*sides) * min(h, w)
     centre = [w, h] * (0.5 + roam * rng.uniform(-0.5, 0.5, 2))
     contours = [c * side + centre for c in outline(rng, OBJECTS[category])]
     areas = [cv2.contourArea(np.float32(c)) for c in contours]

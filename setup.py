@@ -22,7 +22,13 @@ PACKAGE = 'convmlp_mm'
 MIM_ENTRIES = ('configs', 'tools', 'model-index.yml')
 
 PYTHON_REQUIRES = '>=3.10,<3.13'
-REQUIREMENTS = ['torch>=2.2', 'numpy']
+REQUIREMENTS = [
+    'torch>=2.2',
+    'numpy',
+    # Tells mmpretrain of the classifiers when it is imported, which an import of
+    # this package must not do.
+    'wrapt>=1.15,<3',
+]
 
 # The toolkits are extras, since there are two stacks whose distributions put files
 # into the same import packages: an environment holds one of them, never both. mmcv

@@ -5,6 +5,8 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 
+num_classes = 80
+
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -16,8 +18,10 @@ model = dict(
         ),
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
+    bbox_head=dict(num_classes=num_classes),
 )
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4)
 )
+randomness = dict(seed=42)

@@ -1,10 +1,21 @@
 """ConvMLP backbones for OpenMMLab.
 
 Importing the package registers :class:`ConvMLP` in mmengine's root registry,
-where mmpretrain, mmdet and mmseg find it. No toolkit is imported.
+where mmpretrain, mmdet and mmseg find it, and makes its configurations known
+by name as ``convmlp_mm::NAME.py``. No toolkit is imported.
 """
 
 from .convmlp import ConvMLP
+from .zoo import config_path, get_inferencer, get_model, list_models, open_scope
 
 __version__ = '0.1.0'
-__all__ = ['ConvMLP', '__version__']
+__all__ = [
+    'ConvMLP',
+    '__version__',
+    'config_path',
+    'get_inferencer',
+    'get_model',
+    'list_models',
+]
+
+open_scope()

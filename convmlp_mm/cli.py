@@ -12,18 +12,20 @@ import contextlib
 import os
 import os.path as osp
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 __all__ = [
     'add_common_arguments',
+    'build_runner',
     'check_data',
     'load_config',
     'one_line_errors',
-    'prepare_processes',
 ]
 
 # Data sets that fetch themselves.
@@ -75,7 +77,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override settings of the configuration, for instance '
         'optim_wrapper.optimizer.lr=2e-4; lists as key="[a,b]". data_root '
-        'moves the data of all data sets and metrics that lie below it',
+        'moves the data of all data sets and metrics that lie below it; '
+        'num_classes sets all heads that have the number of the configuration',
     )
     parser.add_argument(
         '--launcher',
@@ -117,6 +120,8 @@ def load_config(args: argparse.Namespace) -> Config:
     options = dict(args.cfg_options or {})
     if 'data_root' in options and cfg.get('data_root'):
         _move_data_root(cfg, cfg.data_root, options['data_root'])
+    if 'num_classes' in options and cfg.get('num_classes'):
+        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
     cfg.merge_from_dict(options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -127,28 +132,53 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def _map_leaves(function: Callable, value: object, key: object = None) -> object:
+    """Copy nested dicts and lists with ``function(key, leaf)`` at each leaf.
+
+    The items of a list have the key of the list.
+    """
+    if isinstance(value, dict):
+        return {k: _map_leaves(function, v, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_leaves(function, v, key) for v in value)
+    return function(key, value)
+
+
+def _map_config(cfg: Config, keys: Iterable[str], function: Callable) -> None:
+    """Replace some top-level values of a configuration by :func:`_map_leaves`."""
+    for key in keys:
+        if cfg.get(key) is not None:
+            setattr(cfg, key, _map_leaves(function, cfg.get(key)))
+
+
 def _move_data_root(cfg: Config, old: str, new: str) -> None:
     """Put ``new`` for a leading ``old`` in the paths of data sets and metrics.
 
     ``data_root`` in a configuration is only a variable: by the time that an
     option overrides it, its value has been copied into them.
     """
+    root = old if old.endswith('/') else old + '/'
 
-    def moved(value):
-        if isinstance(value, dict):
-            return {k: moved(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(moved(v) for v in value)
+    def moved(key, value):
         if isinstance(value, str) and (value == old or value.startswith(root)):
             return osp.join(new, value[len(root) :])
         return value
 
-    root = old if old.endswith('/') else old + '/'
-    for split in ('train', 'val', 'test'):
-        for part in ('dataloader', 'evaluator'):
-            key = f'{split}_{part}'
-            if cfg.get(key) is not None:
-                setattr(cfg, key, moved(cfg.get(key)))
+    splits = ('train', 'val', 'test')
+    parts = ('dataloader', 'evaluator')
+    _map_config(cfg, [f'{s}_{p}' for s in splits for p in parts], moved)
+
+
+def _set_num_classes(cfg: Config, old: int, new: int) -> None:
+    """Put ``new`` for ``old`` wherever the model states ``num_classes``.
+
+    As ``data_root``, it is only a variable that has been copied.
+    """
+
+    def changed(key, value):
+        return new if key == 'num_classes' and value == old else value
+
+    _map_config(cfg, ('model', 'data_preprocessor'), changed)
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
@@ -226,17 +256,57 @@ def check_gpus() -> None:
         )
 
 
-def prepare_processes(cfg: Config) -> None:
-    """Let the launchers' processes talk by gloo where there is no accelerator.
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner of a configuration, where there is no GPU for the CPU.
 
-    mmengine selects a GPU for each process and hands DDP its number, neither
-    of which exists on a CPU; where a GPU is, this changes nothing.
+    mmengine's mixed precision and torch's SyncBN between processes do not run
+    on a CPU; there, a recipe that has them is trained in single precision and
+    with BN, and says so. With GPUs the configuration is taken as it is.
 
     Args:
-        cfg (Config): On the CPU its ``model_wrapper_cfg`` is changed.
+        cfg (Config): On the CPU it is changed.
+
+    Returns:
+        Runner: Of the type ``runner_type``, if the configuration has it.
     """
-    if cfg.launcher != 'pytorch' or get_device() != 'cpu':
-        return
+    if get_device() == 'cpu':
+        _fit_to_cpu(cfg)
+        if cfg.launcher == 'pytorch':
+            _prepare_gloo(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _fit_to_cpu(cfg: Config) -> None:
+    """Replace what only accelerators run.
+
+    For a single process, mmengine itself turns SyncBN into BN.
+    """
+    replaced = []
+    if cfg.get('optim_wrapper', {}).get('type') == 'AmpOptimWrapper':
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            cfg.optim_wrapper.pop(key, None)
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        replaced.append('OptimWrapper instead of AmpOptimWrapper')
+
+    def local_norm(key, value):
+        if key == 'type' and value == 'SyncBN':
+            replaced.append('BN instead of SyncBN')
+            return 'BN'
+        return value
+
+    if cfg.launcher != 'none':
+        _map_config(cfg, ['model'], local_norm)
+    if replaced and os.environ.get('RANK', '0') == '0':
+        changes = ' and '.join(dict.fromkeys(replaced))
+        print(f'on the CPU, with {changes}', file=sys.stderr)
+
+
+def _prepare_gloo(cfg: Config) -> None:
+    """Let the launchers' processes talk by gloo.
+
+    mmengine selects a GPU for each process and hands DDP its number, neither
+    of which exists on a CPU.
+    """
     torch.distributed.init_process_group('gloo')
     if cfg.get('model_wrapper_cfg') is None:
         cfg.model_wrapper_cfg = dict(

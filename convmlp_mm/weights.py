@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import urlparse
 
 import torch
@@ -21,7 +21,12 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 
-__all__ = ['extract_backbone', 'load_backbone_weights', 'read_checkpoint']
+__all__ = [
+    'extract_backbone',
+    'load_backbone_weights',
+    'load_model_weights',
+    'read_checkpoint',
+]
 
 # What a classifier's checkpoint holds beyond the feature extractor.
 HEAD_PREFIXES = ('head.', 'norm.')
@@ -143,11 +148,7 @@ def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
     Raises:
         ValueError: If nothing has the prefix.
     """
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    state_dict = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
+    state_dict = _state_dict(checkpoint)
     if prefix is None:
         prefix = _find_prefix(state_dict)
     elif prefix and not prefix.endswith('.'):
@@ -159,6 +160,14 @@ def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
             f'{_some(state_dict) or "no tensors"}'
         )
     return found
+
+
+def _state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    return {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
 
 
 def _find_prefix(state_dict: Mapping[str, Tensor]) -> str:
@@ -193,6 +202,53 @@ def load_backbone_weights(
             backbone nor to a classifier's head.
     """
     found = extract_backbone(read_checkpoint(checkpoint, map_location), prefix)
+    return _load_all(model, found, checkpoint, _is_expected_extra)
+
+
+def load_model_weights(
+    model: nn.Module,
+    checkpoint: str | os.PathLike,
+    map_location: str | torch.device = 'cpu',
+) -> str:
+    """Load a checkpoint into a classifier, detector or segmentor, or nothing.
+
+    Args:
+        model (nn.Module): A model of mmpretrain, mmdet or mmseg with ConvMLP
+            as its ``backbone``.
+        checkpoint (str | PathLike): See :func:`read_checkpoint`. A published
+            classifier, whose backbone has no prefix, or a checkpoint with the
+            model's own names, with ``module.`` before them or not.
+        map_location (str | torch.device): See :func:`read_checkpoint`.
+
+    Returns:
+        str: One line that says how many tensors matched.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a tensor of the model is missing or has another shape,
+            or if the file has tensors that are not the model's.
+    """
+    state_dict = _state_dict(read_checkpoint(checkpoint, map_location))
+    found = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    if any(key.startswith(BACKBONE_PREFIXES) for key in found):
+        found = {_rename_classifier(key): value for key, value in found.items()}
+    return _load_all(model, found, checkpoint, lambda key, expected: False)
+
+
+def _rename_classifier(key: str) -> str:
+    """Give a tensor of a published classifier its name in mmpretrain."""
+    if key.startswith('head.'):
+        return 'head.fc.' + key.removeprefix('head.')
+    return f'backbone.{key}'
+
+
+def _load_all(
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    checkpoint: str | os.PathLike,
+    may_be_skipped: Callable[[str, Iterable[str]], bool],
+) -> str:
+    """Load ``found``, if it has all that the model has and nothing unknown."""
     expected = model.state_dict()
     # Files written before torch 0.4.1 lack the counters; nothing reads them.
     missing = [
@@ -206,7 +262,7 @@ def load_backbone_weights(
         if key in found and found[key].shape != tensor.shape
     ]
     extra = [key for key in found if key not in expected]
-    skipped = [key for key in extra if _is_expected_extra(key, expected)]
+    skipped = [key for key in extra if may_be_skipped(key, expected)]
     unknown = [key for key in extra if key not in skipped]
     problems = [
         f'{len(names)} {what}: {_some(names)}'

@@ -8,11 +8,11 @@ from mmengine.config import Config
 
 from convmlp_mm.cli import (
     add_common_arguments,
+    build_runner,
     check_data,
     check_gpus,
     load_config,
     one_line_errors,
-    prepare_processes,
 )
 
 
@@ -154,7 +154,45 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         check_gpus()
 
 
-def test_single_process_is_left_alone():
-    cfg = Config(dict(launcher='none'))
-    prepare_processes(cfg)
-    assert 'model_wrapper_cfg' not in cfg
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_recipe_for_accelerators_is_fitted_to_the_cpu_only(
+    tmp_path, monkeypatch, capsys, device
+):
+    monkeypatch.setattr('convmlp_mm.cli.get_device', lambda: device)
+    cfg = Config(
+        dict(
+            model=dict(type='ConvMLP', arch='s', out_indices=(0,)),
+            optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic'),
+            train_dataloader=dict(),
+            train_cfg=dict(max_epochs=1),
+            work_dir=str(tmp_path),
+            launcher='none',
+            log_level='ERROR',
+        )
+    )
+    optimizer = cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.1)
+    build_runner(cfg)
+    message = capsys.readouterr().err
+    if device == 'cpu':
+        assert cfg.optim_wrapper == dict(type='OptimWrapper', optimizer=optimizer)
+        assert 'OptimWrapper instead of AmpOptimWrapper' in message
+    else:
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+        assert message == ''
+
+
+def test_num_classes_option_reaches_every_head(tmp_path):
+    path = tmp_path / 'some.py'
+    path.write_text(
+        'num_classes = 80\n'
+        'head = dict(num_classes=num_classes)\n'
+        'model = dict(heads=[head, dict(num_classes=1)], mask_head=head)\n'
+        'data_preprocessor = dict(num_classes=num_classes)\n'
+        'train_dataloader = dict(dataset=dict(num_classes=80))\n'
+    )
+    cfg = load_config(args(path, cfg_options=dict(num_classes=6)))
+    assert cfg.num_classes == 6
+    assert [head.num_classes for head in cfg.model.heads] == [6, 1]
+    assert cfg.model.mask_head.num_classes == 6
+    assert cfg.data_preprocessor.num_classes == 6
+    assert cfg.train_dataloader.dataset.num_classes == 80

@@ -6,15 +6,13 @@ import os.path as osp
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from convmlp_mm.cli import (
     add_common_arguments,
+    build_runner,
     check_data,
     load_config,
     one_line_errors,
-    prepare_processes,
 )
 
 
@@ -83,8 +81,7 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    prepare_processes(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
     runner.test()

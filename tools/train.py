@@ -6,15 +6,14 @@ import os.path as osp
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 
 from convmlp_mm.cli import (
     add_common_arguments,
+    build_runner,
     check_data,
     load_config,
     one_line_errors,
-    prepare_processes,
 )
 
 
@@ -87,9 +86,7 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    prepare_processes(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ _base_ = '../retinanet_convmlp_s.py'
 data_root = 'data/shapes/coco/'
 classes = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 metainfo = dict(classes=classes)
+num_classes = len(classes)
 
 model = dict(
     backbone=dict(init_cfg=None, drop_path_rate=0.0),
@@ -12,7 +13,7 @@ model = dict(
     # head (He et al., Rethinking ImageNet Pre-training, Sec. 3.1).
     neck=dict(out_channels=64, norm_cfg=dict(type='BN')),
     bbox_head=dict(
-        num_classes=len(classes),
+        num_classes=num_classes,
         in_channels=64,
         feat_channels=64,
         stacked_convs=2,

@@ -1,0 +1,9 @@
+# RetinaNet with ResNet-18 by mmdet's own recipe: a row that Table 5 of the paper
+# compares with.
+_base_ = [
+    'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
+    '../_base_/default_runtime.py',
+]
+
+num_classes = 80
+model = dict(bbox_head=dict(num_classes=num_classes))

@@ -12,21 +12,23 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
 def test_python_blocks_run(tmp_path, capsys):
-    configs = [block for block in BLOCKS if block.startswith('# my_config.py')]
-    assert configs
+    configs = [block for block in BLOCKS if '_base_ =' in block]
+    assert len(configs) == 3 and len(BLOCKS) == 4
     for block in BLOCKS:
         if block not in configs:
             exec(compile(block, 'README.md', 'exec'), {})
-            assert '(64, 128, 256, 512) (4, 8, 16, 32)' in capsys.readouterr().out
-    for block in configs:
-        path = tmp_path / 'my_config.py'
+            printed = capsys.readouterr().out
+            assert '(64, 128, 256, 512) (4, 8, 16, 32)' in printed
+            assert "'retinanet_convmlp_s', 'retinanet_convmlp_m'" in printed
+    for i, block in enumerate(configs):
+        path = tmp_path / f'config_{i}.py'
         path.write_text(block)
         cfg = Config.fromfile(str(path))
         cfg.model.backbone.init_cfg = None
         init_default_scope(cfg.default_scope)
         from mmdet.registry import MODELS
 
-        assert MODELS.build(cfg.model).backbone.arch['depths'] == (3, 6, 3)
+        assert type(MODELS.build(cfg.model).backbone).__name__ == 'ConvMLP'
 
 
 def test_files_and_links_exist():

@@ -1,6 +1,7 @@
 """The command lines, run as users run them."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -148,6 +149,93 @@ def test_two_processes_train_resume_and_test(shapes, tmp_path):
     )
     assert drawn.returncode == 0, drawn.stderr
     assert sheet.read_bytes().startswith(b'\x89PNG')
+
+
+SMALL = ['default_hooks.logger.interval=1', 'model.backbone.init_cfg=None']
+SMALL += [f'{split}_dataloader.num_workers=1' for split in ('train', 'val')]
+EPOCHS = ['train_dataloader.dataset.indices=8', 'val_dataloader.dataset.indices=4']
+EPOCHS += ['train_dataloader.batch_size=2']
+DETECTION = ['num_classes=6', 'train_dataloader.dataset.pipeline.2.scale=(96,96)']
+DETECTION += ['val_dataloader.dataset.pipeline.1.scale=(96,96)', *EPOCHS]
+CLASSES = {
+    'imagenet': ['circle', 'cross', 'ring', 'square', 'star', 'triangle'],
+    'coco': ['circle', 'square', 'triangle', 'star', 'ring', 'cross'],
+}
+HEADLINES = {
+    'convmlp_s_imagenet': (
+        'imagenet',
+        'accuracy/top1',
+        [
+            'num_classes=6',
+            'param_scheduler=None',
+            'train_dataloader.dataset.pipeline.1.scale=64',
+            'val_dataloader.dataset.pipeline.1.scale=64',
+            'val_dataloader.dataset.pipeline.2.crop_size=64',
+            *EPOCHS,
+        ],
+    ),
+    'retinanet_convmlp_s': (
+        'coco',
+        'coco/bbox_mAP',
+        [*DETECTION, 'model.test_cfg.score_thr=0.0'],
+    ),
+    'mask_rcnn_convmlp_s': (
+        'coco',
+        'coco/segm_mAP',
+        [
+            *DETECTION,
+            'model.train_cfg.rcnn.sampler.num=16',
+            'model.test_cfg.rpn.max_per_img=50',
+            'model.test_cfg.rcnn.max_per_img=10',
+        ],
+    ),
+    # The recipe's own 150 classes, of which the data have eight.
+    'semantic_fpn_convmlp_s': (
+        'ade/ADEChallengeData2016',
+        'mIoU',
+        [
+            'model.data_preprocessor.size=(64,64)',
+            'train_dataloader.dataset.pipeline.2.scale=(96,96)',
+            'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+            'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+            'train_cfg.val_interval=2',
+            'default_hooks.checkpoint.interval=2',
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', HEADLINES)
+def test_headline_trains_validates_saves_and_resumes(shapes, tmp_path, name):
+    data, metric, options = HEADLINES[name]
+    options = ['--cfg-options', f'data_root={shapes}/{data}', *SMALL, *options]
+    for split in ('train', 'val') if data in CLASSES else ():
+        key = f'{split}_dataloader.dataset.metainfo.classes'
+        options.append(f'{key}={CLASSES[data]}'.replace(' ', ''))
+    config = ROOT / 'configs' / f'{name}.py'
+    # RetinaNet has trained in two processes above.
+    if name.startswith('retinanet'):
+        run, train, length = python, ['train.py', config], 4
+    else:
+        run, train, length = bash, ['dist_train.sh', config, 2], 2
+    by_iter = name.startswith('semantic')
+    train += ['--work-dir', tmp_path]
+    for i, resume in enumerate([[], ['--resume']], start=1):
+        end = f'max_iters={2 * i}' if by_iter else f'max_epochs={i}'
+        done = run(*train, *resume, *options, f'train_cfg.{end}', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        last = (tmp_path / 'last_checkpoint').read_text()
+        assert last.endswith(f'iter_{2 * i}.pth' if by_iter else f'epoch_{i}.pth')
+        records = scalars(tmp_path)
+        losses = [r for r in records if 'loss' in r]
+        first = (i - 1) * length
+        assert [r['step'] for r in losses] == list(range(first + 1, first + length + 1))
+        assert all(math.isfinite(r['loss']) for r in losses)
+        assert sum(metric in r for r in records) == 1
+    if name in ('convmlp_s_imagenet', 'semantic_fpn_convmlp_s'):
+        # Said once, not by each process.
+        assert done.stderr.count('on the CPU, with') == (not torch.cuda.is_available())
 
 
 @pytest.mark.slow

@@ -1,0 +1,147 @@
+"""Other people's projects: the installed wheel and the toolkits' own scripts."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r'```python\n# (my_\w+\.py)\n(.*?)```', re.DOTALL)
+
+SMALL = {
+    'mmdet': [
+        'train_dataloader.dataset.pipeline.2.scale=(96,96)',
+        'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+        'train_dataloader.dataset.indices=8',
+        'model.backbone.init_cfg=None',
+    ],
+    'mmseg': [
+        'train_dataloader.dataset.pipeline.2.scale=(96,96)',
+        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+        'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+        'model.data_preprocessor.size=(64,64)',
+        'model.backbone.init_cfg=None',
+    ],
+    'mmpretrain': [
+        'train_dataloader.batch_size=4',
+        'train_dataloader.dataset.indices=16',
+        'train_dataloader.dataset.pipeline.1.scale=64',
+        'val_dataloader.dataset.pipeline.1.scale=64',
+        'val_dataloader.dataset.pipeline.2.crop_size=64',
+        # Its mixed precision needs a GPU.
+        'optim_wrapper.type=OptimWrapper',
+        'model.backbone.init_cfg=None',
+    ],
+}
+CLASSES = "['circle','square','triangle','star','ring','cross']"
+# For the two detectors with a second stage.
+FEW_BOXES = [
+    'model.train_cfg.rcnn.sampler.num=16',
+    'model.test_cfg.rpn.max_per_img=50',
+    'model.test_cfg.rcnn.max_per_img=10',
+]
+SHORT = {
+    'mmdet': """
+train_cfg = dict(max_epochs=1)
+param_scheduler = [dict(type='ConstantLR', factor=0.5, by_epoch=False, end=2)]
+""",
+    'mmseg': """
+train_cfg = dict(max_iters=4, val_interval=4)
+param_scheduler = [dict(type='PolyLR', power=0.9, end=4, by_epoch=False)]
+""",
+    'mmpretrain': """
+train_cfg = dict(max_epochs=1)
+param_scheduler = [dict(type='ConstantLR', factor=0.5, by_epoch=False, end=2)]
+""",
+}
+LOADERS = [f'{split}_dataloader.num_workers=1' for split in ('train', 'val')]
+
+
+def run(*command, cwd, env=None):
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    """A folder with the examples of the docs, generated data and a wheel's files."""
+    folder = tmp_path_factory.mktemp('their project')
+    for page in (ROOT / 'docs' / 'data.md', ROOT / 'README.md'):
+        for name, text in BLOCK.findall(page.read_text(encoding='utf-8')):
+            assert not (folder / name).exists(), f'{name} stands twice'
+            (folder / name).write_text(text)
+    data = folder / 'data' / 'shapes'
+    options = ['--train', 16, '--val', 6, '--size', 96]
+    tool = ROOT / 'tools' / 'make_shapes_dataset.py'
+    run(sys.executable, tool, data, *options, cwd=folder)
+    site = folder / 'site'
+    pip = [sys.executable, '-m', 'pip', '--quiet']
+    build = ['--no-deps', '--no-build-isolation']
+    run(*pip, 'wheel', *build, '-w', folder / 'wheels', ROOT, cwd=folder)
+    (wheel,) = (folder / 'wheels').glob('*.whl')
+    run(*pip, 'install', '--no-deps', '--target', site, wheel, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def environment(project):
+    return {**os.environ, 'PYTHONPATH': str(project / 'site')}
+
+
+def test_wheel_and_not_the_checkout_is_imported(project, environment):
+    code = 'import convmlp_mm; print(convmlp_mm.__file__, convmlp_mm.config_path("s"))'
+    code = code.replace('"s"', '"retinanet_convmlp_s"')
+    printed = run(sys.executable, '-c', code, cwd=project, env=environment)
+    package = project / 'site' / 'convmlp_mm'
+    assert f'{package}/__init__.py {package}/.mim/configs/retinanet' in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('toolkit', 'config'),
+    [
+        ('mmdet', 'my_detector.py'),
+        ('mmdet', 'my_mask_detector.py'),
+        ('mmdet', 'my_faster_rcnn.py'),
+        ('mmseg', 'my_segmentor.py'),
+        ('mmpretrain', 'my_classifier.py'),
+    ],
+)
+def test_scripts_of_the_toolkits_train_projects_that_inherit(
+    project, environment, tmp_path, toolkit, config
+):
+    package = Path(find_spec(toolkit).submodule_search_locations[0])
+    script = package / '.mim' / 'tools' / 'train.py'
+    options = [*SMALL[toolkit], *LOADERS, 'default_hooks.logger.interval=1']
+    if config in ('my_mask_detector.py', 'my_faster_rcnn.py'):
+        options += FEW_BOXES
+    if config == 'my_faster_rcnn.py':
+        # The README's example has the data of COCO.
+        root = 'data/shapes/coco/'
+        options.append('model.roi_head.bbox_head.num_classes=6')
+        options.append(
+            f'val_evaluator.ann_file={root}annotations/instances_val2017.json'
+        )
+        for split in ('train', 'val'):
+            key = f'{split}_dataloader.dataset'
+            options.append(f'{key}.data_root={root}')
+            options.append(f'{key}.metainfo.classes={CLASSES}')
+    short = project / f'short_{config}'
+    short.write_text(f"_base_ = './{config}'\n{SHORT[toolkit]}")
+    command = [sys.executable, script, short.name, '--work-dir', tmp_path]
+    log = run(*command, '--cfg-options', *options, cwd=project, env=environment)
+    assert re.search(r'\(train\).* loss: \d', log)
+    assert re.search(r'\(val\) ', log)
+    assert (tmp_path / 'last_checkpoint').is_file()

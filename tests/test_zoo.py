@@ -1,0 +1,283 @@
+"""Names and metafiles of the model zoo, through every door that leads to them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mmengine.hub
+import modelindex
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+from published import draw_checkpoint, draw_image, published_forward
+from torch.utils.flop_counter import FlopCounterMode
+
+import convmlp_mm
+from convmlp_mm.zoo import open_scope
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = convmlp_mm.list_models()
+CLASSIFIERS = [name for name in NAMES if name.startswith('convmlp')]
+
+
+@pytest.fixture(scope='module')
+def index():
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    return index
+
+
+def test_metafiles_are_valid_for_modelindex(index):
+    assert index.check(silent=True) in (None, [])
+    assert [model.name for model in index.models] == NAMES
+    for model in index.models:
+        assert model.full_model.paper['URL'] == 'https://arxiv.org/abs/2109.04454'
+        assert model.full_model.metadata.training_resources
+        assert model.full_model.metadata.data['Training Data']
+        assert model.data['Reported By'].startswith('paper, Table ')
+
+
+def test_every_headline_and_transfer_configuration_has_an_entry(index):
+    configs = {model.config for model in index.models}
+    folder = ROOT / 'configs'
+    files = [*folder.glob('*.py'), *(folder / 'transfer').glob('*.py')]
+    assert configs == {path.relative_to(ROOT).as_posix() for path in files}
+    for model in index.models:
+        assert Path(model.config).stem == model.name
+
+
+def test_results_are_those_of_the_paper(index):
+    paper = {
+        # Tables 3 and 4: ImageNet-1k, CIFAR-10, CIFAR-100, Flowers-102.
+        'convmlp_{}_imagenet': ((76.8,), (79.0,), (80.2,)),
+        'convmlp_{}_cifar10': ((98.0,), (98.6,), (98.6,)),
+        'convmlp_{}_cifar100': ((87.4,), (89.1,), (88.6,)),
+        'convmlp_{}_flowers102': ((99.5,), (99.5,), (99.5,)),
+        # Tables 5, 6 and 7.
+        'retinanet_convmlp_{}': (
+            (37.2, 56.4, 39.8, 20.1, 40.7, 50.4),
+            (39.4, 58.7, 42.0, 21.5, 43.2, 52.5),
+            (40.2, 59.3, 43.3, 23.5, 43.8, 53.3),
+        ),
+        'mask_rcnn_convmlp_{}': (
+            (38.4, 59.8, 41.8, 35.7, 56.7, 38.2),
+            (40.6, 61.7, 44.5, 37.2, 58.8, 39.8),
+            (41.7, 62.8, 45.5, 38.2, 59.9, 41.1),
+        ),
+        'semantic_fpn_convmlp_{}': ((35.8,), (38.6,), (40.0,)),
+    }
+    expected = {
+        pattern.format(size): values
+        for pattern, rows in paper.items()
+        for size, values in zip('sml', rows)
+    }
+    found = {
+        model.name: tuple(v for r in model.results for v in r.metrics.values())
+        for model in index.models
+    }
+    assert found == expected
+
+
+def count_macs(model, size):
+    """Multiply-accumulates of convolutions and linear layers, without computing."""
+    model = model.to('meta')
+    x = torch.empty(1, 3, *size, device='meta')
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if not hasattr(model, 'roi_head'):
+            model(x)
+        else:
+            # Proposals depend on the picture: the 1000 and the 100 detections that
+            # are kept at most, as mmdet counts.
+            model.rpn_head(model.extract_feat(x))
+            model.roi_head.bbox_head(torch.empty(1000, 256, 7, 7, device='meta'))
+            model.roi_head.mask_head(torch.empty(100, 256, 14, 14, device='meta'))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_parameters_flops_and_recipe_of_the_metafile_are_those_of_the_model(
+    index, name
+):
+    (entry,) = [model for model in index.models if model.name == name]
+    data = entry.metadata.data
+    model = convmlp_mm.get_model(name)
+    assert sum(p.numel() for p in model.parameters()) == data['Parameters']
+    size = [int(n) for n in data['Input Size'].split(' x ')]
+    assert count_macs(model, size) == data['FLOPs']
+    assert model.cfg.auto_scale_lr.base_batch_size == data['Batch Size']
+    length = model.cfg.train_cfg.get('max_epochs', model.cfg.train_cfg.get('max_iters'))
+    assert data.get('Epochs', data.get('Iterations')) == length
+
+
+def test_readme_tables_are_up_to_date():
+    tool = ROOT / 'tools' / 'update_model_zoo.py'
+    command = [sys.executable, str(tool), '--check']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_are_listed_by_wildcard():
+    assert convmlp_mm.list_models('retinanet*') == [
+        f'retinanet_convmlp_{size}' for size in 'sml'
+    ]
+    assert convmlp_mm.list_models('nothing*') == []
+
+
+@pytest.mark.parametrize(
+    'name', ['retinanet_convmlp_s', 'ablation/pure_mlp_100e', 'convmlp_m_cifar10']
+)
+def test_configuration_is_found_by_name_or_path(name):
+    path = Path(convmlp_mm.config_path(name))
+    assert path.is_absolute() and path.is_file()
+    assert path.stem == name.rpartition('/')[2]
+
+
+@pytest.mark.parametrize('name', ['retinet_s', '../setup', '_base_', ''])
+def test_unknown_configuration_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match='no configuration .*retinanet_convmlp_s.py'):
+        convmlp_mm.config_path(name)
+
+
+def test_hub_of_mmengine_finds_flat_names():
+    for name in ('retinanet_convmlp_s.py', 'transfer/convmlp_s_cifar10.py'):
+        cfg = mmengine.hub.get_config(f'convmlp_mm::{name}', pretrained=True)
+        assert cfg.model.backbone.type == 'ConvMLP'
+        assert cfg.model_path.startswith('https://')
+    with pytest.raises(ValueError, match='package name and relative config path'):
+        mmengine.hub.get_config('mmdet::no_folder.py')
+    assert mmengine.hub.get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+
+
+def test_scope_is_opened_once_and_in_any_order():
+    code = 'import {}, {}; import mmengine.hub as h; import mmpretrain; '
+    code += "h.get_config('convmlp_mm::convmlp_s_imagenet.py'); "
+    code += "print(len(mmpretrain.list_models('convmlp*')))"
+    for order in (('convmlp_mm', 'mmpretrain'), ('mmpretrain', 'convmlp_mm')):
+        command = [sys.executable, '-c', code.format(*order)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.split()[-1:] == [str(len(CLASSIFIERS))], done.stderr
+    before = Config._get_cfg_path
+    open_scope()
+    assert Config._get_cfg_path is before
+
+
+def test_base_in_other_projects_keeps_the_scope_of_each_toolkit(tmp_path):
+    path = tmp_path / 'theirs.py'
+    path.write_text(
+        "_base_ = 'convmlp_mm::mask_rcnn_convmlp_s.py'\n"
+        'mine = _base_.model.backbone\n'
+        'theirs = _base_.train_pipeline[0]\n'
+        'train_cfg = dict(max_epochs=3)\n'
+    )
+    cfg = Config.fromfile(str(path))
+    assert cfg.train_cfg.max_epochs == 3 and cfg.num_classes == 80
+    assert cfg.mine == Config.fromfile(path).model.backbone
+    assert cfg.theirs._scope_ == 'mmdet'
+    path.write_text("_base_ = 'convmlp_mm::retinanet.py'\n")
+    with pytest.raises(ValueError, match="no configuration 'retinanet.py'"):
+        Config.fromfile(str(path))
+
+
+def test_mmpretrain_knows_the_classifiers():
+    import mmpretrain
+
+    assert mmpretrain.list_models('convmlp*') == sorted(CLASSIFIERS)
+    model = mmpretrain.get_model('convmlp_s_imagenet')
+    assert sum(p.numel() for p in model.parameters()) == 9022920
+    maps = mmpretrain.get_model(
+        'convmlp_s_cifar10', backbone=dict(out_indices=(0, 1, 2, 3), final_norm=False)
+    ).extract_feat(torch.rand(1, 3, 64, 64), stage='backbone')
+    assert [m.shape[1] for m in maps] == [64, 128, 256, 512]
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    """A classifier's checkpoint in the published layout."""
+    checkpoint = draw_checkpoint('s')
+    path = tmp_path_factory.mktemp('weights') / 'convmlp_s.pth'
+    torch.save(checkpoint, path)
+    return path, checkpoint
+
+
+def test_published_classifier_gives_the_published_logits(published):
+    path, checkpoint = published
+    x = draw_image(64, 96)
+    model = convmlp_mm.get_model('convmlp_s_imagenet', str(path)).double()
+    # Reading keeps the precision of the model; give it that of the file.
+    for key, value in model.state_dict().items():
+        name = key.removeprefix('backbone.').replace('head.fc.', 'head.')
+        value.copy_(checkpoint[name])
+    with torch.no_grad():
+        expected = published_forward(checkpoint, x)[1]
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_by_name_are_fetched_from_the_zoo(published, monkeypatch, tmp_path):
+    path, checkpoint = published
+    fetched = []
+
+    def fetch(url, target, progress=True):
+        fetched.append(url)
+        Path(target).write_bytes(path.read_bytes())
+
+    monkeypatch.setattr('torch.hub.download_url_to_file', fetch)
+    monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
+    model = convmlp_mm.get_model('convmlp_s_imagenet', pretrained=True)
+    root = 'https://shi-labs.com/projects/convmlp/checkpoints'
+    assert fetched == [f'{root}/convmlp_s_imagenet.pth']
+    assert torch.equal(model.head.fc.bias, checkpoint['head.bias'].float())
+    assert not model.training and model._is_init
+    with pytest.raises(ValueError, match="'ablation/pure_mlp_100e' has no published"):
+        convmlp_mm.get_model('ablation/pure_mlp_100e', pretrained=True)
+
+
+def test_weights_that_do_not_fit_are_refused(published):
+    with pytest.raises(ValueError, match=r'missing: backbone.conv_stages.*blocks.2'):
+        convmlp_mm.get_model('convmlp_m_imagenet', pretrained=str(published[0]))
+    with pytest.raises(ValueError, match=r'another shape: head.fc.weight'):
+        convmlp_mm.get_model('convmlp_s_cifar10', pretrained=str(published[0]))
+
+
+def test_changes_are_merged_into_the_model():
+    model = convmlp_mm.get_model('retinanet_convmlp_s', backbone=dict(frozen_stages=1))
+    assert model.backbone.frozen_stages == 1
+    assert model.cfg.model.backbone.arch == 's'
+    assert len(model.dataset_meta['classes']) == 80
+
+
+@pytest.fixture(scope='module')
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp('pictures') / 'a picture.png'
+    Image.effect_noise((96, 64), 64).convert('RGB').save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'classes'),
+    [
+        ('convmlp_s_cifar10', 10),
+        ('retinanet_convmlp_s', 80),
+        ('mask_rcnn_convmlp_s', 80),
+        ('semantic_fpn_convmlp_s', 150),
+    ],
+)
+def test_inferencer_predicts_with_the_weights_given(name, classes, picture, tmp_path):
+    torch.manual_seed(0)
+    state = convmlp_mm.get_model(name).state_dict()
+    torch.save(dict(state_dict=state, meta={}), tmp_path / 'weights.pth')
+    inferencer = convmlp_mm.get_inferencer(name, str(tmp_path / 'weights.pth'), 'cpu')
+    loaded = inferencer.model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    assert len(inferencer.model.dataset_meta['classes']) == classes
+    if name.startswith('convmlp'):
+        (result,) = inferencer(picture)
+        assert result['pred_class'] in inferencer.classes
+        assert result['pred_scores'].shape == (classes,)
+    elif name.startswith('semantic'):
+        labels = inferencer(picture)['predictions']
+        assert labels.shape == (64, 96) and labels.max() < classes
+    else:
+        (result,) = inferencer(picture, no_save_vis=True)['predictions']
+        assert set(result) >= {'labels', 'scores', 'bboxes'}
+        assert ('masks' in result) == name.startswith('mask')

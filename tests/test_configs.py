@@ -6,6 +6,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -463,6 +464,30 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum(
     assert rates[-1] == pytest.approx(last, rel=0.05 if cool_down == 0 else 1e-6)
     flat = rates[len(rates) - cool_down * 4 :]
     assert flat == pytest.approx([last] * len(flat))
+
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+@pytest.mark.parametrize(
+    ('name', 'loads'),
+    [
+        ('convmlp_s_imagenet', True),
+        ('transfer/convmlp_s_cifar10', False),
+        ('transfer/convmlp_s_cifar100', False),
+        ('transfer/convmlp_s_flowers102', True),
+    ],
+)
+def test_classification_pipelines_make_pictures_of_224(name, loads, split):
+    from mmpretrain.registry import TRANSFORMS
+
+    pipeline = load(name)[f'{split}_dataloader'].dataset.pipeline
+    assert (pipeline[0].type == 'LoadImageFromFile') == loads
+    # What the loading leaves, or CIFAR's data set gives.
+    data = dict(img=np.full((32, 40, 3), 128, np.uint8), gt_label=1)
+    data.update(img_shape=(32, 40), ori_shape=(32, 40))
+    for transform in pipeline[loads:]:
+        data = TRANSFORMS.build(transform)(data)
+    assert data['inputs'].shape == (3, 224, 224)
+    assert data['inputs'].dtype == torch.uint8
 
 
 def test_crop_of_imagenet_has_the_usual_scale_and_ratio():

@@ -186,13 +186,17 @@ def test_active_environment_is_taken(setup_env, tmp_path, no_compiler):
 
 @pytest.mark.skipif(not HAS_STACK, reason='runs in an environment with a stack')
 def test_nothing_to_do_takes_seconds():
-    began = time.monotonic()
-    done = subprocess.run(
-        ['bash', str(SCRIPT), 'tests'], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.rstrip('\n')).is_file()
-    assert time.monotonic() - began < 10
+    def seconds():
+        began = time.monotonic()
+        done = subprocess.run(
+            ['bash', str(SCRIPT), 'tests'], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.rstrip('\n')).is_file()
+        return time.monotonic() - began
+
+    # Up to three times: the machine may have other work.
+    assert any(seconds() < 10 for _ in range(3))
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ unset PYTHONHOME
 
 # --- Small pieces in Python --------------------------------------------------------
 
-# Prints the requirements of the extras named, read from setup.py.
+# Prints the requirements of the package and of the extras named, read from setup.py.
 requirements() { # PYTHON EXTRA ...
   "$1" - "$root/setup.py" "${@:2}" <<'PY'
 import ast
@@ -84,13 +84,15 @@ import sys
 
 with open(sys.argv[1], encoding='utf-8') as file:
     body = ast.parse(file.read()).body
-extras = next(
-    ast.literal_eval(node.value)
+said = {
+    node.targets[0].id: ast.literal_eval(node.value)
     for node in body
-    if isinstance(node, ast.Assign) and node.targets[0].id == 'EXTRAS'
-)
+    if isinstance(node, ast.Assign)
+    and node.targets[0].id in ('REQUIREMENTS', 'EXTRAS')
+}
+print(*said['REQUIREMENTS'], sep='\n')
 for name in sys.argv[2:]:
-    print(*extras[name], sep='\n')
+    print(*said['EXTRAS'][name], sep='\n')
 PY
 }
 
@@ -307,12 +309,11 @@ for extra in "$@"; do
     fail "setup.py has no extra called '$extra'"
 done
 
-# Sets the array `wanted` to the requirements of the extras asked for.
+# Sets the array `wanted` to the requirements of the package and the extras asked for.
 wanted=()
 read_wanted() { # PYTHON, then the extras
   local line
   wanted=()
-  [[ $# -gt 1 ]] || return 0
   while IFS= read -r line; do wanted+=("$line"); done < <(requirements "$@")
 }
 

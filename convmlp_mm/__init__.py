@@ -6,10 +6,12 @@ by name as ``convmlp_mm::NAME.py``. No toolkit is imported.
 """
 
 from .convmlp import ConvMLP
+from .engine import CheckWeightsHook
 from .zoo import config_path, get_inferencer, get_model, list_models, open_scope
 
 __version__ = '0.1.0'
 __all__ = [
+    'CheckWeightsHook',
     'ConvMLP',
     '__version__',
     'config_path',

@@ -18,7 +18,9 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+
+from .weights import read_checkpoint
 
 __all__ = [
     'add_common_arguments',
@@ -269,11 +271,19 @@ def build_runner(cfg: Config) -> Runner:
     Returns:
         Runner: Of the type ``runner_type``, if the configuration has it.
     """
+    CheckpointLoader.register_scheme(
+        ('', 'http://', 'https://'), load_from_weights_only, force=True
+    )
     if get_device() == 'cpu':
         _fit_to_cpu(cfg)
         if cfg.launcher == 'pytorch':
             _prepare_gloo(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def load_from_weights_only(filename: str, map_location: object = None) -> dict:
+    """Read for mmengine, which takes the name of this function into its log."""
+    return read_checkpoint(filename, map_location or 'cpu')
 
 
 def _fit_to_cpu(cfg: Config) -> None:

@@ -8,13 +8,17 @@ names and shapes only, nothing of the backbone's code.
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import io
 import os
 import pickle
+import re
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from mmengine import fileio
 from mmengine.dist import barrier, is_main_process
@@ -22,17 +26,24 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 
 __all__ = [
+    'describe_arch',
     'extract_backbone',
+    'fit_checkpoint',
     'load_backbone_weights',
     'load_model_weights',
+    'name_as_model',
     'read_checkpoint',
 ]
 
 # What a classifier's checkpoint holds beyond the feature extractor.
 HEAD_PREFIXES = ('head.', 'norm.')
 # The tops of the backbone's published names.
+BACKBONE = 'backbone.'
 BACKBONE_PREFIXES = ('tokenizer.', 'conv_stages.', 'stages.')
 MAX_NAMES = 6
+# Where the authors publish, and the variable that names a folder with the same files.
+ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
+MIRROR = 'CONVMLP_WEIGHTS'
 
 
 def _history_buffer_attribute(owner: type, name: str) -> object:
@@ -45,26 +56,70 @@ def _history_buffer_attribute(owner: type, name: str) -> object:
     raise pickle.UnpicklingError(f'attribute {name!r} of {owner!r} is not allowed')
 
 
-def _runner_globals():
-    """Allow the few classes beside tensors that a Runner's checkpoint holds."""
-    if not hasattr(torch.serialization, 'safe_globals'):
-        return contextlib.nullcontext()
-    import numpy as np
+def _runner_globals() -> dict[str, object]:
+    """List the few things beside tensors that a Runner's checkpoint holds."""
+    # numpy 1.26 has an almost empty _core.
+    core = np._core if hasattr(getattr(np, '_core', None), 'multiarray') else np.core
+    allowed = {
+        'builtins.getattr': _history_buffer_attribute,
+        'builtins.slice': slice,
+        'numpy.ndarray': np.ndarray,
+        'numpy.dtype': np.dtype,
+        f'{HistoryBuffer.__module__}.HistoryBuffer': HistoryBuffer,
+    }
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        allowed[f'{module}._reconstruct'] = core.multiarray._reconstruct
+        allowed[f'{module}.scalar'] = core.multiarray.scalar
+    for scalar in (np.float32, np.float64, np.int64, np.uint32):
+        kind = type(np.dtype(scalar))
+        allowed[f'{kind.__module__}.{kind.__name__}'] = kind
+    return allowed
 
-    core = getattr(np, '_core', None) or np.core
-    reconstruct, scalar = core.multiarray._reconstruct, core.multiarray.scalar
-    names = ('numpy.core.multiarray', 'numpy._core.multiarray')
-    return torch.serialization.safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, slice]
-        + [(reconstruct, f'{name}._reconstruct') for name in names]
-        + [(scalar, f'{name}.scalar') for name in names]
-        + [type(np.dtype(t)) for t in (np.float32, np.float64, np.int64, np.uint32)]
-        + [(_history_buffer_attribute, 'builtins.getattr')]
-    )
+
+class _Unpickler(pickle.Unpickler):
+    """What ``weights_only=True`` is, for torch before 2.5, whose list is closed."""
+
+    def find_class(self, module: str, name: str) -> object:
+        # torch.save writes the names of Python 2.
+        key = f'{module.replace("__builtin__", "builtins")}.{name}'
+        allowed = {
+            **_runner_globals(),
+            'collections.OrderedDict': OrderedDict,
+            '_codecs.encode': codecs.encode,
+            'torch.Size': torch.Size,
+            'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
+            'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+        }
+        if key not in allowed:
+            raise pickle.UnpicklingError(f'WeightsUnpickler error: {key}')
+        return allowed[key]
+
+
+def _load_safely(source: str | io.BytesIO, map_location: str | torch.device) -> object:
+    if hasattr(torch.serialization, 'safe_globals'):
+        allowed = [(value, key) for key, value in _runner_globals().items()]
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(source, map_location=map_location, weights_only=True)
+    module = types.ModuleType('restricted_pickle')
+    module.Unpickler = _Unpickler
+    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
+    return torch.load(source, map_location=map_location, pickle_module=module)
 
 
 def _download(url: str) -> str:
-    """Return the path of ``url`` in torch hub's cache, fetching it once."""
+    """Return the path of ``url`` in torch hub's cache, fetching it once.
+
+    With a mirror, it is the path in there of what comes after ``ROOT``.
+    """
+    mirror = os.environ.get(MIRROR)
+    if mirror and url.startswith(ROOT):
+        path = os.path.join(mirror, url.removeprefix(ROOT))
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f'checkpoint {path!r} does not exist ({MIRROR} is set, which stands '
+                f'in for {ROOT})'
+            )
+        return path
     name = os.path.basename(urlparse(url).path)
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
     if not os.path.exists(path):
@@ -82,7 +137,8 @@ def read_checkpoint(
     Args:
         filename (str | PathLike): A path, an http(s) URL, which goes to the
             cache of torch hub, or any other URL that mmengine has a file
-            backend for.
+            backend for. The folder that the environment variable
+            ``CONVMLP_WEIGHTS`` names stands in for the authors' server.
         map_location (str | torch.device): Where the tensors go. Defaults to
             ``'cpu'``.
 
@@ -108,10 +164,7 @@ def read_checkpoint(
     elif not os.path.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
     try:
-        with _runner_globals():
-            checkpoint = torch.load(
-                source, map_location=map_location, weights_only=True
-            )
+        checkpoint = _load_safely(source, map_location)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         # torch puts the object in question into the middle of much advice, which
         # recommends to load it all the same.
@@ -202,7 +255,12 @@ def load_backbone_weights(
             backbone nor to a classifier's head.
     """
     found = extract_backbone(read_checkpoint(checkpoint, map_location), prefix)
-    return _load_all(model, found, checkpoint, _is_expected_extra)
+    loaded, message = _compare(
+        model, found, model.state_dict(), checkpoint, _is_expected_extra
+    )
+    # Not strict only for what the comparison has let through.
+    model.load_state_dict(loaded, strict=False)
+    return message
 
 
 def load_model_weights(
@@ -215,41 +273,184 @@ def load_model_weights(
     Args:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg with ConvMLP
             as its ``backbone``.
-        checkpoint (str | PathLike): See :func:`read_checkpoint`. A published
-            classifier, whose backbone has no prefix, or a checkpoint with the
-            model's own names, with ``module.`` before them or not.
+        checkpoint (str | PathLike): See :func:`read_checkpoint`. What it may
+            hold is described at :func:`fit_checkpoint`.
         map_location (str | torch.device): See :func:`read_checkpoint`.
 
     Returns:
-        str: One line that says how many tensors matched.
+        str: One line that says how many tensors matched and what was skipped.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a tensor of the model is missing or has another shape,
-            or if the file has tensors that are not the model's.
+        ValueError: See :func:`fit_checkpoint`; and if the file lacks any
+            tensor of the model.
     """
-    state_dict = _state_dict(read_checkpoint(checkpoint, map_location))
+    loaded, message = fit_checkpoint(
+        model, read_checkpoint(checkpoint, map_location), checkpoint
+    )
+    model.load_state_dict(loaded, strict=False)
+    return message
+
+
+def fit_checkpoint(
+    model: nn.Module,
+    checkpoint: Mapping,
+    name: str | os.PathLike,
+    partial: bool = False,
+) -> tuple[dict[str, Tensor], str]:
+    """Give a checkpoint the names of a model and keep what the model has.
+
+    Args:
+        model (nn.Module): A model of mmpretrain, mmdet or mmseg with ConvMLP
+            as its ``backbone``.
+        checkpoint (Mapping): A published classifier, whose backbone has no
+            prefix, or a checkpoint with the model's own names, with
+            ``module.`` before them or not; both plain or under
+            ``'state_dict'`` or ``'model'``. It is not changed.
+        name (str | PathLike): What messages call it.
+        partial (bool): Whether tensors outside of the backbone may be missing
+            in the file, as when a detector starts from a classifier. Defaults
+            to False.
+
+    Returns:
+        tuple[dict, str]: The tensors that fit, and one line that says how
+        many they are and what was skipped. A head with another number of
+        classes is skipped.
+
+    Raises:
+        ValueError: If a tensor of the backbone is missing or has another
+            shape, or the file has one that the backbone does not know; the
+            message names them and the architecture that the file seems to
+            have. Without ``partial`` also if other tensors are missing.
+    """
+    found = name_as_model(checkpoint)
+    expected = model.state_dict()
+
+    def has_other_classes(key: str) -> bool:
+        tensor, there = expected.get(key), found.get(key)
+        return (
+            tensor is not None
+            and there is not None
+            and 'head' in key
+            and not key.startswith(BACKBONE)
+            and tensor.shape[1:] == there.shape[1:]
+            and tensor.shape != there.shape
+        )
+
+    heads = [key for key in found if has_other_classes(key)]
+    absent = [
+        key
+        for key in expected
+        if partial and key not in found and not key.startswith(BACKBONE)
+    ]
+    loaded, message = _compare(
+        model,
+        {key: value for key, value in found.items() if key not in heads},
+        {k: v for k, v in expected.items() if k not in heads and k not in absent},
+        name,
+        lambda key, expected: (
+            not key.startswith(BACKBONE)
+            or _is_expected_extra(
+                key.removeprefix(BACKBONE),
+                [k.removeprefix(BACKBONE) for k in expected],
+            )
+        ),
+    )
+    if heads:
+        message += f', skipped for another number of classes {_some(heads)}'
+    if absent:
+        message += f', not in the file {_some(absent)}'
+    return loaded, message
+
+
+def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
+    """Give the tensors of a checkpoint the names they have in the toolkits.
+
+    Args:
+        checkpoint (Mapping): See :func:`fit_checkpoint`.
+
+    Returns:
+        dict[str, Tensor]: Without ``module.``, the backbone's tensors with
+        the prefix ``backbone.``, and a published classifier's head as
+        mmpretrain names it.
+    """
+    state_dict = _state_dict(checkpoint)
     found = {key.removeprefix('module.'): value for key, value in state_dict.items()}
     if any(key.startswith(BACKBONE_PREFIXES) for key in found):
         found = {_rename_classifier(key): value for key, value in found.items()}
-    return _load_all(model, found, checkpoint, lambda key, expected: False)
+    return found
 
 
 def _rename_classifier(key: str) -> str:
     """Give a tensor of a published classifier its name in mmpretrain."""
     if key.startswith('head.'):
         return 'head.fc.' + key.removeprefix('head.')
-    return f'backbone.{key}'
+    return BACKBONE + key
 
 
-def _load_all(
+def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
+    """Read the architecture off the backbone's tensors.
+
+    Args:
+        found (Mapping[str, Tensor]): By their published names, no prefix.
+
+    Returns:
+        dict, optional: As the values of ``ConvMLP.arch_settings``; None if
+        the tensors are not those of a ConvMLP with its conv stage.
+    """
+
+    def count(pattern: str) -> int:
+        return len({m.group() for key in found if (m := re.match(pattern, key))})
+
+    stages = range(count(r'stages\.\d+\.'))
+    try:
+        norms = [found[f'stages.{i}.blocks.0.norm1.weight'] for i in stages]
+        layers = [found[f'stages.{i}.blocks.0.channel_mlp1.fc1.weight'] for i in stages]
+        return dict(
+            tokenizer_channels=len(found['tokenizer.block.6.weight']),
+            conv_blocks=count(r'conv_stages\.conv_blocks\.\d+\.'),
+            channels=tuple(len(norm) for norm in norms),
+            depths=tuple(count(rf'stages\.{i}\.blocks\.\d+\.') for i in stages),
+            mlp_ratios=tuple(len(layer) / layer.shape[1] for layer in layers),
+        )
+    except KeyError:
+        return None
+
+
+def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
+    """Name both architectures, if they are not the same."""
+    backbone = getattr(model, 'backbone', model)
+    if backbone is not model:
+        found = {
+            k.removeprefix(BACKBONE): v
+            for k, v in found.items()
+            if k.startswith(BACKBONE)
+        }
+    there, here = describe_arch(found), getattr(backbone, 'arch', None)
+    if there is None or here is None or there == here:
+        return ''
+    names = {
+        id(arch): next(
+            (
+                f'ConvMLP-{k.upper()}'
+                for k, v in backbone.arch_settings.items()
+                if v == arch
+            ),
+            f'a custom ConvMLP ({arch})',
+        )
+        for arch in (there, here)
+    }
+    return f'. The file is {names[id(there)]}; the configuration says {names[id(here)]}'
+
+
+def _compare(
     model: nn.Module,
     found: Mapping[str, Tensor],
-    checkpoint: str | os.PathLike,
+    expected: Mapping[str, Tensor],
+    name: str | os.PathLike,
     may_be_skipped: Callable[[str, Iterable[str]], bool],
-) -> str:
-    """Load ``found``, if it has all that the model has and nothing unknown."""
-    expected = model.state_dict()
+) -> tuple[dict[str, Tensor], str]:
+    """Pick ``expected`` from ``found``, if all is there and nothing unknown."""
     # Files written before torch 0.4.1 lack the counters; nothing reads them.
     missing = [
         key
@@ -275,18 +476,18 @@ def _load_all(
     ]
     if problems:
         raise ValueError(
-            f'checkpoint {os.fspath(checkpoint)!r} does not fit this '
+            f'checkpoint {os.fspath(name)!r} does not fit this '
             f'{type(model).__name__}; of its {len(expected)} tensors and the '
-            f'{len(found)} in the file, ' + '; '.join(problems)
+            f'{len(found)} in the file, '
+            + '; '.join(problems)
+            + _explain_arch(model, found)
         )
     loaded = {key: found[key] for key in expected if key in found}
-    # Not strict only for what the lists above have let through.
-    model.load_state_dict(loaded, strict=False)
     message = (
-        f'{type(model).__name__}: loaded {len(loaded)} of {len(expected)} '
-        f'tensors from {os.fspath(checkpoint)}'
+        f'{type(model).__name__}: loaded {len(loaded)} of '
+        f'{len(model.state_dict())} tensors from {os.fspath(name)}'
     )
-    return message + (f', skipped {_some(skipped)}' if skipped else '')
+    return loaded, message + (f', skipped {_some(skipped)}' if skipped else '')
 
 
 def _is_expected_extra(key: str, expected: Iterable[str]) -> bool:

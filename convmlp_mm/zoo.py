@@ -20,8 +20,9 @@ from mmengine.config import Config, utils
 from mmengine.fileio import load
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import CheckpointLoader
 
-from .weights import load_model_weights
+from .weights import ROOT, load_model_weights, name_as_model, read_checkpoint
 
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
@@ -186,7 +187,8 @@ def get_inferencer(
         from mmpretrain import ImageClassificationInferencer
 
         model = get_model(name, weights or False, device)
-        return ImageClassificationInferencer(model)
+        with DefaultScope.overwrite_default_scope(scope):
+            return ImageClassificationInferencer(model)
     with warnings.catch_warnings():
         # Of weights that are not loaded and classes that are guessed: both
         # are put right below.
@@ -246,7 +248,8 @@ def open_scope() -> None:
 
     After it, in the same process, ``_base_ = 'convmlp_mm::NAME.py'``,
     ``mmengine.hub.get_config('convmlp_mm::NAME.py')``,
-    ``mmpretrain.list_models()`` and ``mmpretrain.get_model()`` know them.
+    ``mmpretrain.list_models()`` and ``mmpretrain.get_model()`` know them, and
+    mmengine reads the authors' weights from their URLs.
     Importing the package calls it; calling it again changes nothing.
 
     mmengine has a closed list of packages (its issue 1410), asks for a folder
@@ -281,8 +284,24 @@ def open_scope() -> None:
     for module in (utils, sys.modules.get('mmengine.hub.hub')):
         if module is not None:
             module._get_package_and_cfg_path = for_hub
+    CheckpointLoader.register_scheme(ROOT, load_from_convmlp_zoo)
     # Now, or whenever somebody imports mmpretrain.
     wrapt.when_imported('mmpretrain.apis.model')(_register_classifiers)
+
+
+def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
+    """Read the authors' files for mmengine and mmpretrain, safely.
+
+    Args:
+        filename (str): A URL that begins as the authors' do.
+        map_location (str, optional): Where the tensors go. Defaults to the CPU.
+
+    Returns:
+        dict: ``state_dict`` with the names that the toolkits use.
+    """
+    checkpoint = read_checkpoint(filename, map_location or 'cpu')
+    meta = checkpoint.get('meta', {})
+    return dict(state_dict=name_as_model(checkpoint), meta=meta)
 
 
 def _register_classifiers(module: object) -> None:

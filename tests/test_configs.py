@@ -466,6 +466,16 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum(
     assert flat == pytest.approx([last] * len(flat))
 
 
+def build_transform(cfg):
+    """Build a transform of mmpretrain, whichever toolkit was in use before."""
+    from mmpretrain.registry import TRANSFORMS
+    from mmpretrain.utils import register_all_modules
+
+    register_all_modules(False)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return TRANSFORMS.build(cfg)
+
+
 @pytest.mark.parametrize('split', ['train', 'test'])
 @pytest.mark.parametrize(
     ('name', 'loads'),
@@ -477,24 +487,20 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum(
     ],
 )
 def test_classification_pipelines_make_pictures_of_224(name, loads, split):
-    from mmpretrain.registry import TRANSFORMS
-
     pipeline = load(name)[f'{split}_dataloader'].dataset.pipeline
     assert (pipeline[0].type == 'LoadImageFromFile') == loads
     # What the loading leaves, or CIFAR's data set gives.
     data = dict(img=np.full((32, 40, 3), 128, np.uint8), gt_label=1)
     data.update(img_shape=(32, 40), ori_shape=(32, 40))
     for transform in pipeline[loads:]:
-        data = TRANSFORMS.build(transform)(data)
+        data = build_transform(transform)(data)
     assert data['inputs'].shape == (3, 224, 224)
     assert data['inputs'].dtype == torch.uint8
 
 
 def test_crop_of_imagenet_has_the_usual_scale_and_ratio():
-    from mmpretrain.registry import TRANSFORMS
-
     pipeline = load('convmlp_s_imagenet').train_dataloader.dataset.pipeline
-    crop = TRANSFORMS.build([t for t in pipeline if t.type == 'RandomResizedCrop'][0])
+    crop = build_transform([t for t in pipeline if t.type == 'RandomResizedCrop'][0])
     assert crop.crop_ratio_range == (0.08, 1.0)
     assert crop.aspect_ratio_range == pytest.approx((3 / 4, 4 / 3))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import draw_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -236,6 +238,46 @@ def test_headline_trains_validates_saves_and_resumes(shapes, tmp_path, name):
     if name in ('convmlp_s_imagenet', 'semantic_fpn_convmlp_s'):
         # Said once, not by each process.
         assert done.stderr.count('on the CPU, with') == (not torch.cuda.is_available())
+
+
+class OpensADoor:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.slow
+def test_load_from_takes_published_weights_and_refuses_others(shapes, tmp_path):
+    options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={shapes}/coco']
+    options += ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=4']
+    weights = tmp_path / 'weights.pth'
+    train = ['train.py', SHAPES, *options, f'load_from={weights}']
+
+    torch.save(draw_checkpoint('s'), weights)
+    done = python(*train)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-2000:]
+    assert f'RetinaNet: loaded 180 of 244 tensors from {weights}' in log
+    assert 'skipped backbone.norm.weight, backbone.norm.bias, head.fc.weight' in log
+
+    # What starts a training is not enough for a test.
+    done = python('test.py', SHAPES, weights, *options)
+    assert done.returncode == 1
+    assert 'missing: neck.lateral_convs.0' in done.stderr.splitlines()[-1]
+
+    torch.save(draw_checkpoint('m'), weights)
+    done = python(*train)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith('The file is ConvMLP-M; the configuration says ConvMLP-S')
+
+    door = tmp_path / 'door'
+    torch.save(dict(state_dict={}, x=OpensADoor(str(door))), weights)
+    done = python('test.py', SHAPES, weights, *options)
+    assert done.returncode == 1 and not door.exists()
+    assert 'objects that are not allowed' in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -10,11 +10,16 @@ import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import PretrainedInit
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from convmlp_mm import ConvMLP
-from convmlp_mm.weights import read_checkpoint
+from convmlp_mm.weights import (
+    ROOT,
+    describe_arch,
+    fit_checkpoint,
+    read_checkpoint,
+)
 
 TINY = dict(
     tokenizer_channels=8,
@@ -105,10 +110,6 @@ def test_checkpoint_of_the_runner_loads(published, save, monkeypatch):
     path = save(checkpoint)
     # As in a new process: they are registered with the first buffer.
     monkeypatch.setattr(HistoryBuffer, '_statistics_methods', {})
-    if not hasattr(torch.serialization, 'safe_globals'):
-        with pytest.raises(ValueError, match='objects that are not allowed'):
-            read_checkpoint(path)
-        return
     model = build(path)
     model.init_weights()
     assert_loaded(model, published)
@@ -139,9 +140,21 @@ def test_unknown_tensors_are_named(published, save):
         build(save(published)).init_weights()
 
 
-def test_file_of_another_arch_is_refused(published, save):
-    with pytest.raises(ValueError, match='missing'):
+def test_file_of_another_arch_is_refused_and_named(published, save):
+    custom = r"The file is a custom ConvMLP \({'tokenizer_channels': 8.*"
+    with pytest.raises(ValueError, match=custom + 'configuration says ConvMLP-S$'):
         build(save(published), arch='s').init_weights()
+    medium = {f'backbone.{k}': v for k, v in ConvMLP('m').state_dict().items()}
+    message = 'The file is ConvMLP-M; the configuration says ConvMLP-L$'
+    with pytest.raises(ValueError, match=message):
+        build(save(dict(state_dict=medium)), arch='l').init_weights()
+
+
+@pytest.mark.parametrize('arch', ['s', 'm', 'l', TINY])
+def test_architecture_is_read_off_the_tensors(arch):
+    model = ConvMLP(arch)
+    assert describe_arch(model.state_dict()) == model.arch
+    assert describe_arch({'layer1.weight': torch.rand(1)}) is None
 
 
 def test_missing_counters_of_old_files_are_no_error(published, save):
@@ -228,22 +241,86 @@ def test_other_initialisers_beside_pretrained_give_way(published, save):
 
 
 def test_detector_stops_on_a_backbone_file_that_does_not_fit(published, save):
-    registry = pytest.importorskip('mmdet.registry').MODELS
-    import mmdet.models  # noqa: F401
+    from mmdet.utils import register_all_modules
 
+    register_all_modules(False)
     del published['tokenizer.block.0.weight']
     neck = dict(type='FPN', in_channels=[8, 8, 16, 24], out_channels=8, num_outs=5)
-    model = registry.build(
-        dict(
-            type='SingleStageDetector',
-            backbone=dict(
-                type='ConvMLP',
-                arch=TINY,
-                init_cfg=dict(type='Pretrained', checkpoint=str(save(published))),
-            ),
-            neck=neck,
-            bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=8),
-        )
+    cfg = dict(
+        type='SingleStageDetector',
+        backbone=dict(
+            type='ConvMLP',
+            arch=TINY,
+            init_cfg=dict(type='Pretrained', checkpoint=str(save(published))),
+        ),
+        neck=neck,
+        bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=8),
     )
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg)
     with pytest.raises(ValueError, match='1 missing: tokenizer'):
         model.init_weights()
+
+
+def detector(**head):
+    """A tiny RetinaNet."""
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(False)
+    cfg = dict(
+        type='SingleStageDetector',
+        backbone=dict(type='ConvMLP', arch=TINY),
+        neck=dict(type='FPN', in_channels=[8, 8, 16, 24], out_channels=8, num_outs=5),
+        bbox_head=dict(type='RetinaHead', in_channels=8, feat_channels=8, **head),
+    )
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(cfg)
+
+
+@pytest.mark.parametrize('nested', [False, True])
+def test_published_classifier_starts_a_detector(published, nested):
+    model = detector(num_classes=2)
+    checkpoint = dict(state_dict=published) if nested else published
+    loaded, message = fit_checkpoint(model, checkpoint, 'a.pth', partial=True)
+    assert {f'backbone.{k}' for k in model.backbone.state_dict()} == set(loaded)
+    name = 'stages.0.blocks.0.norm1.weight'
+    assert torch.equal(loaded[f'backbone.{name}'], published[name])
+    assert 'loaded' in message and 'not in the file neck.' in message
+    assert 'skipped backbone.norm.weight, backbone.norm.bias, head.fc.weight' in message
+    with pytest.raises(ValueError, match=r'missing: neck\.'):
+        fit_checkpoint(model, checkpoint, 'a.pth')
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_head_with_other_classes_is_skipped_with_a_line(prefix):
+    model, other = detector(num_classes=2), detector(num_classes=7)
+    checkpoint = {prefix + k: v for k, v in other.state_dict().items()}
+    loaded, message = fit_checkpoint(model, checkpoint, 'a.pth')
+    heads = {'bbox_head.retina_cls.weight', 'bbox_head.retina_cls.bias'}
+    assert set(model.state_dict()) - set(loaded) == heads
+    assert message.endswith(
+        'for another number of classes ' + ', '.join(sorted(heads, reverse=True))
+    )
+
+
+def test_other_misfits_of_a_detector_are_errors(published):
+    model = detector(num_classes=2)
+    state = dict(model.state_dict())
+    state['neck.lateral_convs.0.conv.weight'] = torch.rand(4, 8, 1, 1)
+    with pytest.raises(ValueError, match=r'another shape: neck\.lateral'):
+        fit_checkpoint(model, state, 'a.pth', partial=True)
+    state = {k: v for k, v in model.state_dict().items() if 'tokenizer' not in k}
+    with pytest.raises(ValueError, match=r'missing: backbone\.tokenizer'):
+        fit_checkpoint(model, state, 'a.pth', partial=True)
+    with pytest.raises(ValueError, match=r'missing: backbone\.tokenizer'):
+        fit_checkpoint(model, {'layer1.weight': torch.rand(1)}, 'a.pth', partial=True)
+
+
+def test_mirror_stands_in_for_the_server(published, save, monkeypatch, tmp_path):
+    save(published)
+    monkeypatch.setenv('CONVMLP_WEIGHTS', str(tmp_path))
+    model = build(f'{ROOT}weights.pth')
+    model.init_weights()
+    assert_loaded(model, published)
+    with pytest.raises(FileNotFoundError, match='other.pth.*CONVMLP_WEIGHTS is set'):
+        read_checkpoint(f'{ROOT}detection/other.pth')

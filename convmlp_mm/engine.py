@@ -51,3 +51,5 @@ class CheckWeightsHook(Hook):
         if 'state_dict' not in checkpoint:
             checkpoint.clear()
         checkpoint['state_dict'] = state_dict
+        # EMAHook has saved the average as state_dict, and takes it from there.
+        checkpoint.pop('ema_state_dict', None)

@@ -1,5 +1,6 @@
 """The command lines, run as users run them."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging.history_buffer import HistoryBuffer
 from published import draw_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +240,37 @@ def test_headline_trains_validates_saves_and_resumes(shapes, tmp_path, name):
     if name in ('convmlp_s_imagenet', 'semantic_fpn_convmlp_s'):
         # Said once, not by each process.
         assert done.stderr.count('on the CPU, with') == (not torch.cuda.is_available())
+
+
+def test_published_file_has_the_weights_only_and_its_hash_in_the_name(tmp_path):
+    weights = {'backbone.a': torch.rand(3, 2), 'head.b': torch.arange(5)[1:3]}
+    checkpoint = dict(
+        state_dict=weights,
+        ema_state_dict={f'module.{k}': v for k, v in weights.items()},
+        optimizer=dict(state={0: torch.rand(1000)}),
+        message_hub=dict(log_scalars={'loss': HistoryBuffer([1.0], [1])}),
+        meta=dict(epoch=3, dataset_meta=dict(classes=('a', 'b'))),
+    )
+    torch.save(checkpoint, tmp_path / 'epoch_3.pth')
+    command = ['publish_model.py', tmp_path / 'epoch_3.pth', tmp_path / 'model.pth']
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob('model-*.pth')
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.name == f'model-{digest[:8]}.pth'
+    assert done.stdout.splitlines()[0] == str(path)
+    assert f'SHA256: {digest}' in done.stdout
+    published = torch.load(path, weights_only=True)
+    assert published['meta'] == dict(dataset_meta=dict(classes=('a', 'b')))
+    assert published['state_dict'].keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(published['state_dict'][key], value)
+
+    # The same weights make the same file, which is not written over.
+    assert_one_line_error(python(*command), 'is already there', path.name)
+    assert len(list(tmp_path.iterdir())) == 2
+    missing = python('publish_model.py', 'no.pth', tmp_path / 'x.pth')
+    assert_one_line_error(missing, "checkpoint 'no.pth' does not exist")
 
 
 class OpensADoor:

@@ -14,7 +14,7 @@ import os
 import pickle
 import re
 import types
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import urlparse
 
@@ -85,6 +85,8 @@ class _Unpickler(pickle.Unpickler):
         allowed = {
             **_runner_globals(),
             'collections.OrderedDict': OrderedDict,
+            # Milestones of a MultiStepLR.
+            'collections.Counter': Counter,
             '_codecs.encode': codecs.encode,
             'torch.Size': torch.Size,
             'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,

@@ -324,6 +324,13 @@ def test_one_process_draws_into_show_dir(shapes, tmp_path):
     assert tested.returncode == 0, tested.stderr[-2000:]
     assert len(list(tmp_path.glob('*/shown/*.jpg'))) == 6
 
+    key = 'tta_pipeline.1.transforms.0'
+    scales = [f'{key}.{i}.scale=({n},{n})' for i, n in enumerate((96, 64, 128))]
+    command = ['test.py', SHAPES, checkpoint, '--tta', *options, *scales]
+    tested = python(*command, 'model.test_cfg.score_thr=0.0')
+    assert tested.returncode == 0, tested.stderr[-2000:]
+    assert 'coco/bbox_mAP' in tested.stdout
+
 
 @pytest.mark.slow
 def test_quickstart_ends_with_a_figure_and_a_picture(tmp_path):

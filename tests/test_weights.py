@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -106,6 +107,7 @@ def test_checkpoint_of_the_runner_loads(published, save, monkeypatch):
         meta=dict(epoch=1, iter=2, seed=0),
         state_dict={f'backbone.{k}': v for k, v in published.items()},
         message_hub=dict(log_scalars={'train/loss': buffer}),
+        param_schedulers=[dict(milestones=Counter([8, 11]), last_step=1)],
     )
     path = save(checkpoint)
     # As in a new process: they are registered with the first buffer.

@@ -328,35 +328,33 @@ def fit_checkpoint(
     found = name_as_model(checkpoint)
     expected = model.state_dict()
 
-    def has_other_classes(key: str) -> bool:
-        tensor, there = expected.get(key), found.get(key)
-        return (
-            tensor is not None
-            and there is not None
-            and 'head' in key
-            and not key.startswith(BACKBONE)
-            and tensor.shape[1:] == there.shape[1:]
-            and tensor.shape != there.shape
-        )
-
-    heads = [key for key in found if has_other_classes(key)]
+    heads = [
+        key
+        for key in found.keys() & expected.keys()
+        if 'head' in key
+        and not key.startswith(BACKBONE)
+        and found[key].shape != expected[key].shape
+        and found[key].shape[1:] == expected[key].shape[1:]
+    ]
+    heads.sort(key=list(expected).index)
     absent = [
         key
         for key in expected
         if partial and key not in found and not key.startswith(BACKBONE)
     ]
+    built = [key.removeprefix(BACKBONE) for key in expected if key.startswith(BACKBONE)]
+
+    def may_be_skipped(key: str, _: Iterable[str]) -> bool:
+        name = key.removeprefix(BACKBONE)
+        return name == key or _is_expected_extra(name, built)
+
+    left_out = {*heads, *absent}
     loaded, message = _compare(
         model,
-        {key: value for key, value in found.items() if key not in heads},
-        {k: v for k, v in expected.items() if k not in heads and k not in absent},
+        {key: value for key, value in found.items() if key not in left_out},
+        {key: value for key, value in expected.items() if key not in left_out},
         name,
-        lambda key, expected: (
-            not key.startswith(BACKBONE)
-            or _is_expected_extra(
-                key.removeprefix(BACKBONE),
-                [k.removeprefix(BACKBONE) for k in expected],
-            )
-        ),
+        may_be_skipped,
     )
     if heads:
         message += f', skipped for another number of classes {_some(heads)}'

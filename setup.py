@@ -66,6 +66,12 @@ EXTRAS = {
         # mmengine 0.10.7 and the setup of mmcv 2.1 import pkg_resources.
         'setuptools>=64,<70',
     ],
+    # For the comparisons of the paper: complexity, feature maps and saliency of models
+    # that the toolkits do not have, and the methods of attribution.
+    'analysis': [
+        'captum>=0.7,<0.10',
+        'timm>=1.0.9,<1.1',
+    ],
     'tests': [
         'pytest>=8',
         # One minor release of ruff: another formats differently. The same release

@@ -303,8 +303,8 @@ def fit_checkpoint(
     """Give a checkpoint the names of a model and keep what the model has.
 
     Args:
-        model (nn.Module): A model of mmpretrain, mmdet or mmseg with ConvMLP
-            as its ``backbone``.
+        model (nn.Module): A model of mmpretrain, mmdet or mmseg, usually with
+            ConvMLP as its ``backbone``.
         checkpoint (Mapping): A published classifier, whose backbone has no
             prefix, or a checkpoint with the model's own names, with
             ``module.`` before them or not; both plain or under
@@ -325,8 +325,12 @@ def fit_checkpoint(
             message names them and the architecture that the file seems to
             have. Without ``partial`` also if other tensors are missing.
     """
-    found = name_as_model(checkpoint)
     expected = model.state_dict()
+    if f'{BACKBONE}tokenizer.block.0.weight' in expected:
+        found = name_as_model(checkpoint)
+    else:
+        # Another backbone, whose names may begin as the published ones do.
+        found = _without_module(checkpoint)
 
     heads = [
         key
@@ -374,11 +378,15 @@ def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
         the prefix ``backbone.``, and a published classifier's head as
         mmpretrain names it.
     """
-    state_dict = _state_dict(checkpoint)
-    found = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    found = _without_module(checkpoint)
     if any(key.startswith(BACKBONE_PREFIXES) for key in found):
         found = {_rename_classifier(key): value for key, value in found.items()}
     return found
+
+
+def _without_module(checkpoint: Mapping) -> dict[str, Tensor]:
+    state_dict = _state_dict(checkpoint)
+    return {key.removeprefix('module.'): value for key, value in state_dict.items()}
 
 
 def _rename_classifier(key: str) -> str:

@@ -10,30 +10,20 @@ from __future__ import annotations
 import fnmatch
 import functools
 import sys
-import warnings
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import wrapt
 from mmengine.config import Config, utils
 from mmengine.fileio import load
-from mmengine.logging import print_log
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader
 
-from .weights import ROOT, load_model_weights, name_as_model, read_checkpoint
-
-if TYPE_CHECKING:
-    from mmengine.infer import BaseInferencer
-    from mmengine.model import BaseModel
+from .weights import ROOT, name_as_model, read_checkpoint
 
 __all__ = [
     'config_path',
-    'get_inferencer',
-    'get_model',
     'list_models',
     'open_scope',
+    'published_weights',
 ]
 
 SCOPE = __package__
@@ -106,119 +96,18 @@ def config_path(name: str) -> str:
     return str(path)
 
 
-def get_model(
-    name: str,
-    pretrained: bool | str = False,
-    device: str | None = None,
-    **changes: object,
-) -> BaseModel:
-    """Build a classifier, detector or segmentor by its name.
+def published_weights(name: str) -> str:
+    """Return the URL of the weights that a model's authors publish.
 
     Args:
-        name (str): See :func:`config_path`.
-        pretrained (bool | str): Whether to load the published weights of this
-            model, or the path or URL of others. Defaults to False, which
-            leaves the weights random.
-        device (str, optional): Where the model goes. Defaults to the CPU.
-        **changes: What to merge into ``model`` of the configuration, for
-            instance ``backbone=dict(out_indices=(0, 1, 2, 3))``.
+        name (str): A name of :func:`list_models`.
 
     Returns:
-        BaseModel: In evaluation mode, with its configuration as ``cfg`` and
-        the names of the classes in ``dataset_meta``.
+        str: The URL.
 
     Raises:
-        ValueError: If there is no such model, if it has no published weights,
-            or if the weights do not fit.
-
-    Examples:
-        >>> model = get_model('convmlp_s_imagenet')
-        >>> sum(p.numel() for p in model.parameters())
-        9022920
+        ValueError: If there are none.
     """
-    weights = _find_weights(name, pretrained)
-    cfg = Config.fromfile(config_path(name))
-    cfg.merge_from_dict(dict(model=changes))
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    scope = cfg.default_scope
-    import_module(f'{scope}.utils').register_all_modules(False)
-    with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(cfg.model)
-    model.cfg = cfg
-    model.dataset_meta = _dataset_meta(cfg)
-    if scope == 'mmpretrain':
-        # Where its inferencers look.
-        model._config, model._dataset_meta = cfg, model.dataset_meta
-    if weights is not None:
-        _load(model, weights)
-    return model.to(device or 'cpu').eval()
-
-
-def get_inferencer(
-    name: str, weights: bool | str = True, device: str | None = None
-) -> BaseInferencer:
-    """Build the inferencer of the toolkit that a model belongs to, by name.
-
-    mmengine's inferencers know names of OpenMMLab's own packages only, and
-    load weights without checking them.
-
-    Args:
-        name (str): See :func:`config_path`.
-        weights (bool | str): Whether to load the published weights, or the
-            path or URL of others. Defaults to True.
-        device (str, optional): Where the model goes. Defaults to a GPU if
-            there is one.
-
-    Returns:
-        BaseInferencer: ``ImageClassificationInferencer`` of mmpretrain,
-        ``DetInferencer`` of mmdet or ``MMSegInferencer`` of mmseg.
-
-    Raises:
-        ValueError: See :func:`get_model`.
-    """
-    from mmengine.device import get_device
-
-    weights = _find_weights(name, weights)
-    path = config_path(name)
-    device = device or get_device()
-    scope = Config.fromfile(path).default_scope
-    if scope == 'mmpretrain':
-        from mmpretrain import ImageClassificationInferencer
-
-        model = get_model(name, weights or False, device)
-        with DefaultScope.overwrite_default_scope(scope):
-            return ImageClassificationInferencer(model)
-    with warnings.catch_warnings():
-        # Of weights that are not loaded and classes that are guessed: both
-        # are put right below.
-        warnings.simplefilter('ignore')
-        if scope == 'mmdet':
-            from mmdet.apis import DetInferencer
-
-            inferencer = DetInferencer(path, device=device)
-            meta = _dataset_meta(inferencer.cfg)
-        else:
-            from mmseg.apis import MMSegInferencer
-
-            import_module(f'{scope}.utils').register_all_modules(False)
-            meta = _dataset_meta(Config.fromfile(path))
-            inferencer = MMSegInferencer(
-                path,
-                classes=meta['classes'],
-                palette=meta.get('palette'),
-                device=device,
-            )
-    # The visualizer shares this dict.
-    inferencer.model.dataset_meta.update(meta)
-    if weights is not None:
-        _load(inferencer.model, weights)
-    return inferencer
-
-
-def _find_weights(name: str, wanted: bool | str) -> str | None:
-    if wanted is not True:
-        return wanted or None
     weights = _entries().get(name, {}).get('Weights')
     if weights is None:
         raise ValueError(
@@ -226,21 +115,6 @@ def _find_weights(name: str, wanted: bool | str) -> str | None:
             + ', '.join(n for n, entry in _entries().items() if 'Weights' in entry)
         )
     return weights
-
-
-def _load(model: BaseModel, weights: str) -> None:
-    print_log(load_model_weights(model, weights), logger='current')
-    # Else a Runner that is given the model initialises it once more.
-    model._is_init = True
-
-
-def _dataset_meta(cfg: Config) -> dict:
-    """Return the names and colours of the classes that a configuration tests on."""
-    dataset = cfg.test_dataloader.dataset
-    registry = import_module(f'{cfg.default_scope}.registry').DATASETS
-    meta = dict(getattr(registry.get(dataset.type), 'METAINFO', {}))
-    meta.update(dataset.get('metainfo') or {})
-    return meta
 
 
 def open_scope() -> None:

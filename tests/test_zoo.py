@@ -14,6 +14,7 @@ from published import draw_checkpoint, draw_image, published_forward
 from torch.utils.flop_counter import FlopCounterMode
 
 import convmlp_mm
+from convmlp_mm.apis import build_model, find_config
 from convmlp_mm.zoo import open_scope
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,3 +300,48 @@ def test_inferencer_predicts_with_the_weights_given(name, classes, picture, tmp_
         (result,) = inferencer(picture, no_save_vis=True)['predictions']
         assert set(result) >= {'labels', 'scores', 'bboxes'}
         assert ('masks' in result) == name.startswith('mask')
+
+
+@pytest.mark.parametrize(
+    'name, params, classes',
+    [
+        (str(ROOT / 'configs' / 'convmlp_s_imagenet.py'), 9022920, 1000),
+        ('convmlp_mm::ablation/pure_mlp_100e.py', 7877960, 1000),
+        ('mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512', 28514806, 150),
+        ('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 21410100, 80),
+        ('timm::resmlp_12_224', 15350872, 1000),
+    ],
+)
+def test_models_are_built_from_files_names_and_other_packages(name, params, classes):
+    model = build_model(find_config(name))
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert len(model.dataset_meta['classes']) == classes
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    'name, fragment',
+    [
+        ('mmdet::retinanet/r18', 'retinanet_r18_fpn_1x_coco.py'),
+        ('mmdet::retina/r18', 'mask_rcnn'),
+        ('timm::resmlp_1', 'resmlp_12_224'),
+        ('keras::resnet', 'mmpretrain::'),
+    ],
+)
+def test_unknown_names_of_other_packages_are_refused(name, fragment):
+    with pytest.raises(ValueError, match=name.rpartition('::')[2]) as error:
+        find_config(name)
+    assert fragment in str(error.value)
+
+
+def test_weights_of_other_models_are_loaded_as_strictly(tmp_path):
+    model = convmlp_mm.get_model('timm::resmlp_12_224')
+    state = {f'module.{key}': value + 1 for key, value in model.state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / 'r.pth')
+    found = convmlp_mm.get_model('timm::resmlp_12_224', str(tmp_path / 'r.pth'))
+    for key, value in found.state_dict().items():
+        assert torch.equal(value, state[f'module.{key}'])
+    del state['module.blocks.3.ls1']
+    torch.save(dict(state_dict=state), tmp_path / 'r.pth')
+    with pytest.raises(ValueError, match=r'1 missing: blocks\.3\.ls1'):
+        convmlp_mm.get_model('timm::resmlp_12_224', str(tmp_path / 'r.pth'))

@@ -1,0 +1,277 @@
+"""Build configured models and inferencers, of this package and of the toolkits."""
+
+from __future__ import annotations
+
+import math
+import os.path as osp
+import warnings
+from importlib import import_module, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, DefaultScope
+
+from .weights import load_model_weights
+from .zoo import SCOPE, config_path, published_weights
+
+if TYPE_CHECKING:
+    from mmengine.infer import BaseInferencer
+    from mmengine.model import BaseModel
+
+__all__ = ['build_model', 'find_config', 'get_inferencer', 'get_model']
+
+TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+def find_config(name: str) -> Config:
+    """Read a configuration that is named in any of the usual ways.
+
+    Args:
+        name (str): The path of a file; a name that :func:`config_path` knows,
+            with ``convmlp_mm::`` before it or not; a file that a toolkit
+            carries, such as ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``;
+            or a classifier of timm, such as ``'timm::resmlp_24_224'``.
+
+    Returns:
+        Config: The configuration.
+
+    Raises:
+        ValueError: If there is none of this name.
+        ImportError: If the toolkit or timm is not installed.
+    """
+    scope, colons, rest = name.rpartition('::')
+    if colons and scope == 'timm':
+        return _timm_config(rest)
+    if colons and scope in TOOLKITS:
+        return Config.fromfile(_toolkit_config(scope, rest))
+    if colons and scope != SCOPE:
+        known = ', '.join(f'{s}::' for s in (SCOPE, *TOOLKITS, 'timm'))
+        raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
+    # A folder may be called like a model.
+    if not colons and osp.isfile(name):
+        return Config.fromfile(name)
+    return Config.fromfile(config_path(rest))
+
+
+def _toolkit_config(scope: str, name: str) -> str:
+    """Find a configuration of a toolkit.
+
+    mmengine's own way asks for the distribution of the original stack.
+    """
+    spec = util.find_spec(scope)
+    if spec is None:
+        raise ImportError(f'{scope} is not installed')
+    configs = Path(spec.origin).parent / '.mim' / 'configs'
+    path = configs / f'{name.removesuffix(".py")}.py'
+    if not path.is_file():
+        folder = configs / Path(name).parent
+        there = sorted(p.name for p in folder.glob('*.py'))
+        raise ValueError(
+            f'{scope} has no configuration {name!r}; '
+            + (
+                f'{folder} has {", ".join(there)}'
+                if there
+                else f'the folders in {configs} are '
+                + ', '.join(sorted(p.name for p in configs.iterdir()))
+            )
+        )
+    return str(path)
+
+
+def _timm_config(name: str) -> Config:
+    """Describe a classifier of timm for mmpretrain, with timm's preprocessing."""
+    import timm
+
+    if not timm.is_model(name):
+        similar = timm.list_models(f'{name.partition("_")[0]}*')
+        raise ValueError(
+            f'timm has no model {name!r}'
+            + (f'; it has {", ".join(similar)}' if similar else '')
+        )
+    given = timm.get_pretrained_cfg(name)
+    size = given.input_size[-1]
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(
+            type='ResizeEdge',
+            scale=math.floor(size / (given.crop_pct or 1)),
+            edge='short',
+            backend='pillow',
+            interpolation=given.interpolation or 'bicubic',
+        ),
+        dict(type='CenterCrop', crop_size=size),
+        dict(type='PackInputs'),
+    ]
+    classes = given.num_classes or 1000
+    dataset = dict(type='ImageNet' if classes == 1000 else 'CustomDataset')
+    return Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(type='TimmClassifier', model_name=name),
+            data_preprocessor=dict(
+                num_classes=classes,
+                mean=[255 * value for value in given.mean],
+                std=[255 * value for value in given.std],
+                to_rgb=True,
+            ),
+            test_dataloader=dict(dataset=dict(pipeline=pipeline, **dataset)),
+        )
+    )
+
+
+def build_model(cfg: Config) -> BaseModel:
+    """Build the model of a configuration in the scope of its toolkit.
+
+    Args:
+        cfg (Config): Of mmpretrain, mmdet or mmseg; it is not changed.
+
+    Returns:
+        BaseModel: In evaluation mode, on the CPU, with random weights, the
+        configuration as ``cfg`` and the names of the classes in
+        ``dataset_meta``.
+
+    Raises:
+        ValueError: If the configuration does not name one of the toolkits.
+    """
+    cfg = cfg.copy()
+    scope = cfg.get('default_scope')
+    if scope not in TOOLKITS:
+        raise ValueError(
+            f'default_scope of the configuration must be one of {TOOLKITS}, but '
+            f'is {scope!r}'
+        )
+    if cfg.get('data_preprocessor') is not None:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    import_module(f'{scope}.utils').register_all_modules(False)
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(cfg.model)
+    model.cfg = cfg
+    model.dataset_meta = _dataset_meta(cfg)
+    if scope == 'mmpretrain':
+        # Where its inferencers look.
+        model._config, model._dataset_meta = cfg, model.dataset_meta
+    return model.eval()
+
+
+def get_model(
+    name: str,
+    pretrained: bool | str = False,
+    device: str | None = None,
+    **changes: object,
+) -> BaseModel:
+    """Build a classifier, detector or segmentor by its name.
+
+    Args:
+        name (str): See :func:`find_config`.
+        pretrained (bool | str): Whether to load the published weights of this
+            model, or the path or URL of others. Defaults to False, which
+            leaves the weights random.
+        device (str, optional): Where the model goes. Defaults to the CPU.
+        **changes: What to merge into ``model`` of the configuration, for
+            instance ``backbone=dict(out_indices=(0, 1, 2, 3))``.
+
+    Returns:
+        BaseModel: In evaluation mode, with its configuration as ``cfg`` and
+        the names of the classes in ``dataset_meta``.
+
+    Raises:
+        ValueError: If there is no such model, if it has no published weights,
+            or if the weights do not fit.
+
+    Examples:
+        >>> model = get_model('convmlp_s_imagenet')
+        >>> sum(p.numel() for p in model.parameters())
+        9022920
+    """
+    weights = _find_weights(name, pretrained)
+    cfg = find_config(name)
+    cfg.merge_from_dict(dict(model=changes))
+    model = build_model(cfg)
+    if weights is not None:
+        _load(model, weights)
+    return model.to(device or 'cpu')
+
+
+def get_inferencer(
+    name: str, weights: bool | str = True, device: str | None = None
+) -> BaseInferencer:
+    """Build the inferencer of the toolkit that a model belongs to, by name.
+
+    mmengine's inferencers know names of OpenMMLab's own packages only, and
+    load weights without checking them.
+
+    Args:
+        name (str): See :func:`find_config`.
+        weights (bool | str): Whether to load the published weights, or the
+            path or URL of others. Defaults to True.
+        device (str, optional): Where the model goes. Defaults to a GPU if
+            there is one.
+
+    Returns:
+        BaseInferencer: ``ImageClassificationInferencer`` of mmpretrain,
+        ``DetInferencer`` of mmdet or ``MMSegInferencer`` of mmseg.
+
+    Raises:
+        ValueError: See :func:`get_model`.
+    """
+    from mmengine.device import get_device
+
+    weights = _find_weights(name, weights)
+    cfg = find_config(name)
+    device = device or get_device()
+    scope = cfg.default_scope
+    if scope == 'mmpretrain':
+        from mmpretrain import ImageClassificationInferencer
+
+        model = get_model(name, weights or False, device)
+        with DefaultScope.overwrite_default_scope(scope):
+            return ImageClassificationInferencer(model)
+    meta = _dataset_meta(cfg)
+    with warnings.catch_warnings():
+        # Of weights that are not loaded and classes that are guessed: both
+        # are put right below.
+        warnings.simplefilter('ignore')
+        if scope == 'mmdet':
+            from mmdet.apis import DetInferencer
+
+            inferencer = DetInferencer(cfg, device=device)
+        else:
+            from mmseg.apis import MMSegInferencer
+
+            inferencer = MMSegInferencer(
+                cfg,
+                classes=meta['classes'],
+                palette=meta.get('palette'),
+                device=device,
+            )
+    # The visualizer shares this dict.
+    inferencer.model.dataset_meta.update(meta)
+    if weights is not None:
+        _load(inferencer.model, weights)
+    return inferencer
+
+
+def _find_weights(name: str, wanted: bool | str) -> str | None:
+    return published_weights(name) if wanted is True else wanted or None
+
+
+def _load(model: BaseModel, weights: str) -> None:
+    print_log(load_model_weights(model, weights), logger='current')
+    # Else a Runner that is given the model initialises it once more.
+    model._is_init = True
+
+
+def _dataset_meta(cfg: Config) -> dict:
+    """Return the names and colours of the classes that a configuration tests on."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'type' in dataset and ('dataset' in dataset or 'datasets' in dataset):
+        # Wrappers, such as ConcatDataset.
+        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    scope = cfg.default_scope
+    import_module(f'{scope}.utils').register_all_modules(False)
+    registry = import_module(f'{scope}.registry').DATASETS
+    meta = dict(getattr(registry.get(dataset.get('type', '')), 'METAINFO', {}))
+    meta.update(dataset.get('metainfo') or {})
+    return meta

@@ -102,7 +102,8 @@ def test_metadata(source, tmp_path):
     assert metadata['Name'].replace('-', '_') == 'convmlp_mm'
     assert metadata['Version'] == convmlp_mm.__version__
     assert metadata['License'] == 'Apache-2.0'
-    assert set(metadata.get_all('Provides-Extra')) == {'onedl', 'openmmlab', 'tests'}
+    extras = {'onedl', 'openmmlab', 'analysis', 'tests'}
+    assert set(metadata.get_all('Provides-Extra')) == extras
 
     requirements = metadata.get_all('Requires-Dist')
     plain = [r for r in requirements if 'extra ==' not in r]

@@ -18,9 +18,9 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
-from .weights import read_checkpoint
+from .checkpoint_io import read_checkpoint
 
 __all__ = [
     'add_common_arguments',
@@ -28,8 +28,11 @@ __all__ = [
     'check_data',
     'load_config',
     'one_line_errors',
+    'read_weights_only',
 ]
 
+# Of the names of checkpoints; S3 as mmengine spells it.
+SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 # Data sets that fetch themselves.
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -271,14 +274,23 @@ def build_runner(cfg: Config) -> Runner:
     Returns:
         Runner: Of the type ``runner_type``, if the configuration has it.
     """
-    CheckpointLoader.register_scheme(
-        ('', 'http://', 'https://'), load_from_weights_only, force=True
-    )
+    read_weights_only()
     if get_device() == 'cpu':
         _fit_to_cpu(cfg)
         if cfg.launcher == 'pytorch':
             _prepare_gloo(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def read_weights_only() -> None:
+    """Let mmengine read every checkpoint as :func:`read_checkpoint` does.
+
+    Not at import: only the tools of this package decide for the whole process.
+    """
+    CheckpointLoader.register_scheme(SCHEMES, load_from_weights_only, force=True)
+    # The loaders of torchvision://, open-mmlab:// and mmcls:// turn a name into a URL
+    # and call this, so that they are safe with it, and whole files enter the cache.
+    checkpoint.load_from_http = load_from_weights_only
 
 
 def load_from_weights_only(filename: str, map_location: object = None) -> dict:

@@ -1,4 +1,4 @@
-"""Read and check checkpoints.
+"""Check checkpoints, name what they hold, and load them.
 
 mmengine loads weights as far as names and shapes match and warns about the
 rest. The functions here stop instead: a file either has every tensor of the
@@ -8,22 +8,14 @@ names and shapes only, nothing of the backbone's code.
 
 from __future__ import annotations
 
-import codecs
-import io
 import os
-import pickle
 import re
-import types
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from urllib.parse import urlparse
 
-import numpy as np
 import torch
-from mmengine import fileio
-from mmengine.dist import barrier, is_main_process
-from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor, nn
+
+from .checkpoint_io import read_checkpoint
 
 __all__ = [
     'describe_arch',
@@ -32,7 +24,8 @@ __all__ = [
     'load_backbone_weights',
     'load_model_weights',
     'name_as_model',
-    'read_checkpoint',
+    'to_mm_layout',
+    'to_published_layout',
 ]
 
 # What a classifier's checkpoint holds beyond the feature extractor.
@@ -40,149 +33,11 @@ HEAD_PREFIXES = ('head.', 'norm.')
 # The tops of the backbone's published names.
 BACKBONE = 'backbone.'
 BACKBONE_PREFIXES = ('tokenizer.', 'conv_stages.', 'stages.')
+# How mmpretrain calls a classifier's head.
+CLASSIFIER_HEAD = 'head.fc.'
+# What the toolkits keep of a data set; in capitals in their former versions.
+DATASET_META = ('classes', 'palette')
 MAX_NAMES = 6
-# Where the authors publish, and the variable that names a folder with the same files.
-ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
-MIRROR = 'CONVMLP_WEIGHTS'
-
-
-def _history_buffer_attribute(owner: type, name: str) -> object:
-    """Stand-in for ``getattr`` in the logs that the Runner saves.
-
-    ``getattr`` as such would let a pickle walk from any object to any other.
-    """
-    if owner is HistoryBuffer and not name.startswith('_'):
-        return getattr(owner, name)
-    raise pickle.UnpicklingError(f'attribute {name!r} of {owner!r} is not allowed')
-
-
-def _runner_globals() -> dict[str, object]:
-    """List the few things beside tensors that a Runner's checkpoint holds."""
-    # numpy 1.26 has an almost empty _core.
-    core = np._core if hasattr(getattr(np, '_core', None), 'multiarray') else np.core
-    allowed = {
-        'builtins.getattr': _history_buffer_attribute,
-        'builtins.slice': slice,
-        'numpy.ndarray': np.ndarray,
-        'numpy.dtype': np.dtype,
-        f'{HistoryBuffer.__module__}.HistoryBuffer': HistoryBuffer,
-    }
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        allowed[f'{module}._reconstruct'] = core.multiarray._reconstruct
-        allowed[f'{module}.scalar'] = core.multiarray.scalar
-    for scalar in (np.float32, np.float64, np.int64, np.uint32):
-        kind = type(np.dtype(scalar))
-        allowed[f'{kind.__module__}.{kind.__name__}'] = kind
-    return allowed
-
-
-class _Unpickler(pickle.Unpickler):
-    """What ``weights_only=True`` is, for torch before 2.5, whose list is closed."""
-
-    def find_class(self, module: str, name: str) -> object:
-        # torch.save writes the names of Python 2.
-        key = f'{module.replace("__builtin__", "builtins")}.{name}'
-        allowed = {
-            **_runner_globals(),
-            'collections.OrderedDict': OrderedDict,
-            # Milestones of a MultiStepLR.
-            'collections.Counter': Counter,
-            '_codecs.encode': codecs.encode,
-            'torch.Size': torch.Size,
-            'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
-            'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
-        }
-        if key not in allowed:
-            raise pickle.UnpicklingError(f'WeightsUnpickler error: {key}')
-        return allowed[key]
-
-
-def _load_safely(source: str | io.BytesIO, map_location: str | torch.device) -> object:
-    if hasattr(torch.serialization, 'safe_globals'):
-        allowed = [(value, key) for key, value in _runner_globals().items()]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(source, map_location=map_location, weights_only=True)
-    module = types.ModuleType('restricted_pickle')
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-    return torch.load(source, map_location=map_location, pickle_module=module)
-
-
-def _download(url: str) -> str:
-    """Return the path of ``url`` in torch hub's cache, fetching it once.
-
-    With a mirror, it is the path in there of what comes after ``ROOT``.
-    """
-    mirror = os.environ.get(MIRROR)
-    if mirror and url.startswith(ROOT):
-        path = os.path.join(mirror, url.removeprefix(ROOT))
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f'checkpoint {path!r} does not exist ({MIRROR} is set, which stands '
-                f'in for {ROOT})'
-            )
-        return path
-    name = os.path.basename(urlparse(url).path)
-    path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        # It writes beside the file and renames, so that others never see half.
-        torch.hub.download_url_to_file(url, path, progress=is_main_process())
-    return path
-
-
-def read_checkpoint(
-    filename: str | os.PathLike, map_location: str | torch.device = 'cpu'
-) -> dict:
-    """Read a checkpoint without running code that it may carry.
-
-    Args:
-        filename (str | PathLike): A path, an http(s) URL, which goes to the
-            cache of torch hub, or any other URL that mmengine has a file
-            backend for. The folder that the environment variable
-            ``CONVMLP_WEIGHTS`` names stands in for the authors' server.
-        map_location (str | torch.device): Where the tensors go. Defaults to
-            ``'cpu'``.
-
-    Returns:
-        dict: What the file holds.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a checkpoint, is cut short, or holds
-            objects other than tensors and the Runner's own records.
-    """
-    filename = os.path.expanduser(os.fspath(filename))
-    source = filename
-    if filename.startswith(('http://', 'https://')):
-        # One process of the job fetches; the others find it, unless they are
-        # on a machine with another disk.
-        if is_main_process():
-            _download(filename)
-        barrier()
-        source = _download(filename)
-    elif '://' in filename:
-        source = io.BytesIO(fileio.get(filename))
-    elif not os.path.isfile(filename):
-        raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
-    try:
-        checkpoint = _load_safely(source, map_location)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # torch puts the object in question into the middle of much advice, which
-        # recommends to load it all the same.
-        lines = str(error).rpartition('WeightsUnpickler error:')[2].splitlines()
-        lines = [line for line in lines if line and 'weights_only' not in line]
-        reason = lines[0].strip() if lines else type(error).__name__
-        raise ValueError(
-            f'checkpoint {filename!r} is not a file of plain weights, is cut '
-            f'short, or holds objects that are not allowed: {reason}'
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f'checkpoint {filename!r} must hold a dict, but holds a '
-            f'{type(checkpoint).__name__}'
-        )
-    return checkpoint
 
 
 def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
@@ -243,9 +98,9 @@ def load_backbone_weights(
 
     Args:
         model (nn.Module): The backbone.
-        checkpoint (str | PathLike): See :func:`read_checkpoint`.
+        checkpoint (str | PathLike): See :func:`.read_checkpoint`.
         prefix (str, optional): See :func:`extract_backbone`.
-        map_location (str | torch.device): See :func:`read_checkpoint`.
+        map_location (str | torch.device): See :func:`.read_checkpoint`.
 
     Returns:
         str: One line that says how many tensors matched and what was skipped.
@@ -275,9 +130,9 @@ def load_model_weights(
     Args:
         model (nn.Module): A model of mmpretrain, mmdet or mmseg with ConvMLP
             as its ``backbone``.
-        checkpoint (str | PathLike): See :func:`read_checkpoint`. What it may
+        checkpoint (str | PathLike): See :func:`.read_checkpoint`. What it may
             hold is described at :func:`fit_checkpoint`.
-        map_location (str | torch.device): See :func:`read_checkpoint`.
+        map_location (str | torch.device): See :func:`.read_checkpoint`.
 
     Returns:
         str: One line that says how many tensors matched and what was skipped.
@@ -392,8 +247,87 @@ def _without_module(checkpoint: Mapping) -> dict[str, Tensor]:
 def _rename_classifier(key: str) -> str:
     """Give a tensor of a published classifier its name in mmpretrain."""
     if key.startswith('head.'):
-        return 'head.fc.' + key.removeprefix('head.')
+        return CLASSIFIER_HEAD + key.removeprefix('head.')
     return BACKBONE + key
+
+
+def to_mm_layout(checkpoint: Mapping) -> dict:
+    """Convert a checkpoint to the layout of today's toolkits.
+
+    Args:
+        checkpoint (Mapping): A published classifier, detector of mmdetection
+            2.x or segmentor of mmsegmentation 0.x, or a checkpoint of the
+            Runner. It is not changed.
+
+    Returns:
+        dict: ``state_dict`` with the names of the models, and ``meta``, in
+        which ``dataset_meta`` has the names of the classes if the file has
+        them. The tensors are those of the file.
+
+    Raises:
+        ValueError: If there is no ConvMLP in the checkpoint.
+    """
+    state_dict = _convmlp_model(checkpoint)
+    meta = _plain_meta(checkpoint)
+    dataset_meta = {key: meta.pop(key.upper(), None) for key in DATASET_META}
+    dataset_meta = {key: value for key, value in dataset_meta.items() if value}
+    if dataset_meta:
+        meta.setdefault('dataset_meta', dataset_meta)
+    return dict(state_dict=state_dict, meta=meta)
+
+
+def to_published_layout(checkpoint: Mapping) -> dict:
+    """Convert a checkpoint to the layout of the authors' files.
+
+    Args:
+        checkpoint (Mapping): See :func:`to_mm_layout`.
+
+    Returns:
+        dict: For a classifier or a backbone alone, tensors by their published
+        names. For a detector or segmentor, ``state_dict`` with the names of
+        the model, and ``meta`` with ``CLASSES`` and ``PALETTE``, as
+        mmdetection 2.x and mmsegmentation 0.x have them. The tensors are
+        those of the file.
+
+    Raises:
+        ValueError: If there is no ConvMLP in the checkpoint.
+    """
+    state_dict = _convmlp_model(checkpoint)
+    others = [key for key in state_dict if not key.startswith(BACKBONE)]
+    if all(key.startswith(CLASSIFIER_HEAD) for key in others):
+        return {
+            key.replace(CLASSIFIER_HEAD, 'head.').removeprefix(BACKBONE): value
+            for key, value in state_dict.items()
+        }
+    meta = _plain_meta(checkpoint)
+    for key, value in meta.pop('dataset_meta', {}).items():
+        if key.lower() in DATASET_META:
+            meta.setdefault(key.upper(), value)
+    return dict(state_dict=state_dict, meta=meta)
+
+
+def _convmlp_model(checkpoint: Mapping) -> dict[str, Tensor]:
+    state_dict = name_as_model(checkpoint)
+    if not any(key.startswith(BACKBONE + BACKBONE_PREFIXES[0]) for key in state_dict):
+        raise ValueError(
+            'there is no ConvMLP among the tensors, which are '
+            + (_some(state_dict) or 'none')
+        )
+    return state_dict
+
+
+def _plain_meta(checkpoint: Mapping) -> dict:
+    """Keep what a file of weights can hold: text, numbers and lists of them."""
+
+    def is_plain(value: object) -> bool:
+        if isinstance(value, Mapping):
+            return is_plain(list(value.keys())) and is_plain(list(value.values()))
+        if isinstance(value, (list, tuple)):
+            return all(map(is_plain, value))
+        return value is None or type(value) in (str, int, float, bool)
+
+    meta = checkpoint.get('meta') or {}
+    return {key: value for key, value in meta.items() if is_plain(value)}
 
 
 def describe_arch(found: Mapping[str, Tensor]) -> dict | None:

@@ -17,7 +17,8 @@ from mmengine.config import Config, utils
 from mmengine.fileio import load
 from mmengine.runner import CheckpointLoader
 
-from .weights import ROOT, name_as_model, read_checkpoint
+from .checkpoint_io import HASH_SOURCES, ROOT, read_checkpoint
+from .weights import name_as_model
 
 __all__ = [
     'config_path',
@@ -117,6 +118,13 @@ def published_weights(name: str) -> str:
     return weights
 
 
+def _published_hash(url: str) -> str | None:
+    """Return what a metafile says, if it does, about the file at a URL."""
+    return next(
+        (e.get('SHA256') for e in _entries().values() if e.get('Weights') == url), None
+    )
+
+
 def open_scope() -> None:
     """Let mmengine and mmpretrain find this package's configurations by name.
 
@@ -159,6 +167,7 @@ def open_scope() -> None:
         if module is not None:
             module._get_package_and_cfg_path = for_hub
     CheckpointLoader.register_scheme(ROOT, load_from_convmlp_zoo)
+    HASH_SOURCES.append(_published_hash)
     # Now, or whenever somebody imports mmpretrain.
     wrapt.when_imported('mmpretrain.apis.model')(_register_classifiers)
 

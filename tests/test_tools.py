@@ -14,6 +14,8 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from published import draw_checkpoint
 
+from convmlp_mm import get_model
+
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 SHAPES = ROOT / 'configs' / 'quickstart' / 'retinanet_convmlp_s_shapes.py'
@@ -242,7 +244,7 @@ def test_headline_trains_validates_saves_and_resumes(shapes, tmp_path, name):
         assert done.stderr.count('on the CPU, with') == (not torch.cuda.is_available())
 
 
-def test_published_file_has_the_weights_only_and_its_hash_in_the_name(tmp_path):
+def test_published_file_has_the_weights_only_and_its_hash_in_the_name(tmp_path, tool):
     weights = {'backbone.a': torch.rand(3, 2), 'head.b': torch.arange(5)[1:3]}
     checkpoint = dict(
         state_dict=weights,
@@ -253,7 +255,7 @@ def test_published_file_has_the_weights_only_and_its_hash_in_the_name(tmp_path):
     )
     torch.save(checkpoint, tmp_path / 'epoch_3.pth')
     command = ['publish_model.py', tmp_path / 'epoch_3.pth', tmp_path / 'model.pth']
-    done = python(*command)
+    done = tool(*command)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob('model-*.pth')
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -267,9 +269,9 @@ def test_published_file_has_the_weights_only_and_its_hash_in_the_name(tmp_path):
         assert torch.equal(published['state_dict'][key], value)
 
     # The same weights make the same file, which is not written over.
-    assert_one_line_error(python(*command), 'is already there', path.name)
+    assert_one_line_error(tool(*command), 'is already there', path.name)
     assert len(list(tmp_path.iterdir())) == 2
-    missing = python('publish_model.py', 'no.pth', tmp_path / 'x.pth')
+    missing = tool('publish_model.py', 'no.pth', tmp_path / 'x.pth')
     assert_one_line_error(missing, "checkpoint 'no.pth' does not exist")
 
 
@@ -294,6 +296,14 @@ def test_load_from_takes_published_weights_and_refuses_others(shapes, tmp_path):
     assert done.returncode == 0, log[-2000:]
     assert f'RetinaNet: loaded 180 of 244 tensors from {weights}' in log
     assert 'skipped backbone.norm.weight, backbone.norm.bias, head.fc.weight' in log
+
+    # A detector in the layout of mmdetection 2.x.
+    state = get_model(str(SHAPES)).state_dict()
+    meta = dict(mmdet_version='2.14.0', CLASSES=('a', 'b'))
+    torch.save(dict(meta=meta, state_dict=state, optimizer={}), tmp_path / '2x.pth')
+    done = python('test.py', SHAPES, tmp_path / '2x.pth', *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'RetinaNet: loaded 244 of 244 tensors' in done.stdout + done.stderr
 
     # What starts a training is not enough for a test.
     done = python('test.py', SHAPES, weights, *options)

@@ -1,9 +1,10 @@
 """Loading checkpoints: all of the backbone, or an error that says why not."""
 
 import copy
+import hashlib
 import os
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,14 +13,24 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import CheckpointLoader, checkpoint
+from published import (
+    assert_summary_equal,
+    draw,
+    draw_checkpoint,
+    draw_image,
+    published_outputs,
+)
 from torch import nn
 
-from convmlp_mm import ConvMLP
+from convmlp_mm import ConvMLP, get_model, zoo
+from convmlp_mm.checkpoint_io import ROOT, read_checkpoint
+from convmlp_mm.cli import read_weights_only
 from convmlp_mm.weights import (
-    ROOT,
     describe_arch,
     fit_checkpoint,
-    read_checkpoint,
+    to_mm_layout,
+    to_published_layout,
 )
 
 TINY = dict(
@@ -206,23 +217,126 @@ def test_file_that_holds_no_dict_is_refused(save):
         read_checkpoint(save(torch.rand(2)))
 
 
-def test_url_is_fetched_once_into_the_cache(published, save, tmp_path, monkeypatch):
-    path = save(published)
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """URL of an empty folder, the folder, and the cache of downloads."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f'http://127.0.0.1:{server.server_port}/weights.pth'
-    try:
-        model = build(url)
-        model.init_weights()
-        assert_loaded(model, published)
+    cache = tmp_path / 'home' / 'hub' / 'checkpoints'
+    yield f'http://127.0.0.1:{server.server_port}', folder, cache
+    server.shutdown()
+    server.server_close()
+
+
+def test_url_is_fetched_once_into_the_cache(published, save, served):
+    url, folder, cache = served
+    path = save(published).rename(folder / 'weights.pth')
+    model = build(f'{url}/weights.pth')
+    model.init_weights()
+    assert_loaded(model, published)
+    path.unlink()
+    assert read_checkpoint(f'{url}/weights.pth').keys() == published.keys()
+    assert [p.name for p in cache.iterdir()] == ['weights.pth']
+
+
+def damage(path, how, tmp_path):
+    if how == 'cut short':
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif how == 'code':
+        torch.save({'x': Malicious(tmp_path / 'ran')}, path)
+    elif how == 'missing':
         path.unlink()
-        assert read_checkpoint(url).keys() == published.keys()
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert [p.name for p in (tmp_path / 'cache').rglob('*.*')] == ['weights.pth']
+
+
+@pytest.mark.parametrize(
+    'how, error, fragment',
+    [
+        ('cut short', ValueError, 'is cut short'),
+        ('code', ValueError, 'objects that are not allowed'),
+        ('missing', OSError, 'cannot fetch http.*weights.pth.*404'),
+    ],
+)
+def test_broken_download_leaves_nothing_behind(
+    published, save, served, tmp_path, how, error, fragment
+):
+    url, folder, cache = served
+    path = save(published).rename(folder / 'weights.pth')
+    damage(path, how, tmp_path)
+    with pytest.raises(error, match=fragment):
+        read_checkpoint(f'{url}/weights.pth')
+    assert list(cache.iterdir()) == []
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('known_by', ['name', 'zoo'])
+def test_download_is_checked_against_its_hash(
+    published, save, served, monkeypatch, known_by
+):
+    url, folder, cache = served
+    path = save(published)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    names = {True: 'right.pth', False: 'wrong.pth'}
+    if known_by == 'name':
+        names = {True: f'w-{digest[:8]}.pth', False: 'w-0badc0de.pth'}
+    else:
+        entries = {
+            str(right): dict(
+                Weights=f'{url}/{name}', SHA256=digest if right else '0badc0de'
+            )
+            for right, name in names.items()
+        }
+        monkeypatch.setattr(zoo, '_entries', lambda: entries)
+    for name in names.values():
+        (folder / name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=f'SHA-256 {digest}, but 0badc0de is expected'):
+        read_checkpoint(f'{url}/{names[False]}')
+    assert read_checkpoint(f'{url}/{names[True]}').keys() == published.keys()
+    assert [p.name for p in cache.iterdir()] == [names[True]]
+    # Somebody else may have written to the cache.
+    (cache / names[True]).write_bytes(b'else')
+    with pytest.raises(ValueError, match='damaged or another file'):
+        read_checkpoint(f'{url}/{names[True]}')
+
+
+@pytest.mark.parametrize(
+    'name, table',
+    [
+        ('torchvision://resnet18', 'get_torchvision_models'),
+        ('open-mmlab://resnet18', 'get_external_models'),
+        ('mmcls://resnet18', 'get_mmcls_models'),
+        ('', None),
+    ],
+)
+def test_named_weights_are_read_safely_by_the_tools(
+    served, tmp_path, monkeypatch, name, table
+):
+    url, folder, cache = served
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    monkeypatch.setattr(checkpoint, 'load_from_http', checkpoint.load_from_http)
+    read_weights_only()
+    path = folder / 'resnet18.pth'
+    if table:
+        models = {'resnet18': f'{url}/resnet18.pth'}
+        monkeypatch.setattr(checkpoint, table, lambda: models)
+    torch.save({'x': Malicious(tmp_path / 'ran')}, path)
+    with pytest.raises(ValueError, match='objects that are not allowed'):
+        CheckpointLoader.load_checkpoint(name or f'{url}/resnet18.pth')
+    assert not (tmp_path / 'ran').exists() and list(cache.iterdir()) == []
+    torch.save({'state_dict': {'backbone.x': torch.ones(2)}}, path)
+    found = CheckpointLoader.load_checkpoint(name or f'{url}/resnet18.pth')
+    assert torch.equal(*[*found['state_dict'].values(), torch.ones(2)])
+
+
+def test_date_at_the_end_of_a_name_is_no_hash(published, save, served):
+    url, folder, _ = served
+    save(published).rename(folder / 'retinanet_coco-20210909.pth')
+    assert read_checkpoint(f'{url}/retinanet_coco-20210909.pth').keys() == (
+        published.keys()
+    )
 
 
 def test_pretrained_by_class_is_strict_too(published, save):
@@ -326,3 +440,106 @@ def test_mirror_stands_in_for_the_server(published, save, monkeypatch, tmp_path)
     assert_loaded(model, published)
     with pytest.raises(FileNotFoundError, match='other.pth.*CONVMLP_WEIGHTS is set'):
         read_checkpoint(f'{ROOT}detection/other.pth')
+
+
+MODELS_OF_2X = {
+    'retinanet_convmlp_s': dict(mmdet_version='2.14.0', classes=80),
+    'mask_rcnn_convmlp_s': dict(mmdet_version='2.14.0', classes=80),
+    'semantic_fpn_convmlp_s': dict(mmseg_version='0.17.0', classes=150),
+}
+
+
+@pytest.fixture(scope='module', params=MODELS_OF_2X)
+def published_dense(request, tmp_path_factory):
+    """Name, file and content of a detector or segmentor as the authors saved it."""
+    name = request.param
+    state = OrderedDict(
+        (key, draw(key.removeprefix('backbone.'), value.shape).to(value.dtype))
+        for key, value in get_model(name).state_dict().items()
+    )
+    # As torch's state_dict() has it and torch.save keeps it.
+    state._metadata = OrderedDict({'': dict(version=1)})
+    meta = dict(MODELS_OF_2X[name], epoch=12, config='model = dict()', hook_msgs={})
+    classes = meta.pop('classes')
+    meta['CLASSES'] = tuple(f'class {i}' for i in range(classes))
+    if classes == 150:
+        meta['PALETTE'] = [[i, i, i] for i in range(classes)]
+    content = dict(meta=meta, state_dict=state, optimizer=dict(state={}))
+    path = tmp_path_factory.mktemp('dense') / f'{name}.pth'
+    torch.save(content, path)
+    return name, path, content
+
+
+def test_published_detectors_and_segmentors_load_as_they_are(published_dense):
+    name, path, content = published_dense
+    model = get_model(name, str(path)).double()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, content['state_dict'][key].to(value.dtype)), key
+    # The drawn weights went through float32 here.
+    expected = published_outputs()[0]
+    assert (expected['arch'], expected['seed']) == ('s', 0)
+    keys = ('height', 'width', 'seed', 'batch')
+    with torch.no_grad():
+        maps = model.backbone(draw_image(*(expected[key] for key in keys)))
+    for found, summary in zip(maps, expected['features'], strict=True):
+        assert_summary_equal(found, summary, rtol=1e-4)
+
+
+def same(a, b):
+    """Whether two checkpoints are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+def test_conversion_of_detectors_there_and_back_changes_no_bit(published_dense):
+    _, _, content = published_dense
+    there = to_mm_layout(content)
+    assert there.keys() == {'state_dict', 'meta'}
+    assert there['meta']['dataset_meta']['classes'] == content['meta']['CLASSES']
+    assert same(there['state_dict'], dict(content['state_dict']))
+    back = to_published_layout(there)
+    assert same(back['state_dict'], dict(content['state_dict']))
+    assert back['meta'] == content['meta']
+    assert same(to_mm_layout(back), there)
+    assert same(to_mm_layout(there), there)
+
+
+@pytest.mark.parametrize('arch', 'sml')
+def test_conversion_of_classifiers_there_and_back_changes_no_bit(arch):
+    published = {k: v.float() for k, v in draw_checkpoint(arch).items()}
+    there = to_mm_layout(published)
+    model = get_model(f'convmlp_{arch}_imagenet')
+    assert there['state_dict'].keys() == model.state_dict().keys()
+    back = to_published_layout(there)
+    assert same(back, published)
+    assert same(to_published_layout(back), published)
+
+
+def test_conversion_of_files_refuses_to_overwrite(published, save, tool, tmp_path):
+    path = save(published)
+    converted, back = tmp_path / 'mm.pth', tmp_path / 'back.pth'
+    done = tool('convert_weights.py', path, converted)
+    assert done.returncode == 0
+    assert done.stdout == f"wrote {converted}: {len(published)} tensors, layout 'mm'\n"
+    assert tool('convert_weights.py', converted, back, '--to', 'published').stdout
+    assert same(torch.load(back, weights_only=True), dict(published))
+    again = tool('convert_weights.py', path, back)
+    assert again.returncode == 2
+    assert again.stderr == (
+        f'convert_weights.py: error: {str(back)!r} is already there\n'
+    )
+    assert same(torch.load(back, weights_only=True), dict(published))
+    assert not tool('convert_weights.py', path, back, '--overwrite').returncode
+    assert torch.load(back, weights_only=True).keys() == {'state_dict', 'meta'}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_conversion_of_other_models_is_refused(save, tool, tmp_path):
+    path = save({'fc.weight': torch.zeros(3, 2)})
+    done = tool('convert_weights.py', path, tmp_path / 'out.pth')
+    assert done.returncode == 2
+    assert 'no ConvMLP among the tensors, which are fc.weight' in done.stderr
+    assert not (tmp_path / 'out.pth').exists()

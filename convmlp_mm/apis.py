@@ -9,10 +9,12 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
+from .checkpoint_io import read_checkpoint
 from .weights import load_model_weights
 from .zoo import SCOPE, config_path, published_weights
 
@@ -25,14 +27,15 @@ __all__ = ['build_model', 'find_config', 'get_inferencer', 'get_model']
 TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
 
 
-def find_config(name: str) -> Config:
+def find_config(name: str | Config) -> Config:
     """Read a configuration that is named in any of the usual ways.
 
     Args:
-        name (str): The path of a file; a name that :func:`config_path` knows,
+        name (str | Config): The path of a file; a name that :func:`config_path` knows,
             with ``convmlp_mm::`` before it or not; a file that a toolkit
             carries, such as ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``;
-            or a classifier of timm, such as ``'timm::resmlp_24_224'``.
+            or a classifier of timm, such as ``'timm::resmlp_24_224'``. A
+            configuration that has been read already is returned.
 
     Returns:
         Config: The configuration.
@@ -41,6 +44,8 @@ def find_config(name: str) -> Config:
         ValueError: If there is none of this name.
         ImportError: If the toolkit or timm is not installed.
     """
+    if isinstance(name, Config):
+        return name
     scope, colons, rest = name.rpartition('::')
     if colons and scope == 'timm':
         return _timm_config(rest)
@@ -190,12 +195,12 @@ def get_model(
     cfg.merge_from_dict(dict(model=changes))
     model = build_model(cfg)
     if weights is not None:
-        _load(model, weights)
+        _load(model, weights, skip_heads=True)
     return model.to(device or 'cpu')
 
 
 def get_inferencer(
-    name: str, weights: bool | str = True, device: str | None = None
+    name: str | Config, weights: bool | str = True, device: str | None = None
 ) -> BaseInferencer:
     """Build the inferencer of the toolkit that a model belongs to, by name.
 
@@ -203,7 +208,7 @@ def get_inferencer(
     load weights without checking them.
 
     Args:
-        name (str): See :func:`find_config`.
+        name (str | Config): See :func:`find_config`.
         weights (bool | str): Whether to load the published weights, or the
             path or URL of others. Defaults to True.
         device (str, optional): Where the model goes. Defaults to a GPU if
@@ -214,7 +219,8 @@ def get_inferencer(
         ``DetInferencer`` of mmdet or ``MMSegInferencer`` of mmseg.
 
     Raises:
-        ValueError: See :func:`get_model`.
+        ValueError: See :func:`get_model`; and if the head in the file has
+            another number of classes, since the model could not predict.
     """
     from mmengine.device import get_device
 
@@ -225,7 +231,10 @@ def get_inferencer(
     if scope == 'mmpretrain':
         from mmpretrain import ImageClassificationInferencer
 
-        model = get_model(name, weights or False, device)
+        model = build_model(cfg)
+        if weights is not None:
+            _load(model, weights, skip_heads=False)
+        model.to(device)
         with DefaultScope.overwrite_default_scope(scope):
             return ImageClassificationInferencer(model)
     meta = _dataset_meta(cfg)
@@ -240,27 +249,43 @@ def get_inferencer(
         else:
             from mmseg.apis import MMSegInferencer
 
+            # Without it, the visualizer takes the colours of another data set.
+            meta.setdefault('palette', _palette(len(meta['classes'])))
             inferencer = MMSegInferencer(
                 cfg,
                 classes=meta['classes'],
-                palette=meta.get('palette'),
+                palette=meta['palette'],
                 device=device,
             )
     # The visualizer shares this dict.
     inferencer.model.dataset_meta.update(meta)
     if weights is not None:
-        _load(inferencer.model, weights)
+        _load(inferencer.model, weights, skip_heads=False)
     return inferencer
 
 
-def _find_weights(name: str, wanted: bool | str) -> str | None:
+def _find_weights(name: str | Config, wanted: bool | str) -> str | None:
+    if wanted is True and isinstance(name, Config):
+        raise ValueError('the weights of a configuration that was read must be named')
     return published_weights(name) if wanted is True else wanted or None
 
 
-def _load(model: BaseModel, weights: str) -> None:
-    print_log(load_model_weights(model, weights), logger='current')
+def _load(model: BaseModel, weights: str, skip_heads: bool) -> None:
+    message = load_model_weights(model, weights, skip_heads=skip_heads)
+    print_log(message, logger='current')
     # Else a Runner that is given the model initialises it once more.
     model._is_init = True
+    if not model.dataset_meta.get('classes'):
+        # Of a data set that finds its classes in the data: the Runner saves them.
+        meta = read_checkpoint(weights).get('meta') or {}
+        classes = (meta.get('dataset_meta') or {}).get('classes')
+        if classes:
+            model.dataset_meta['classes'] = classes
+
+
+def _palette(classes: int) -> list[list[int]]:
+    """Draw colours as mmseg's data sets do that have none."""
+    return np.random.RandomState(42).randint(0, 255, (classes, 3)).tolist()
 
 
 def _dataset_meta(cfg: Config) -> dict:

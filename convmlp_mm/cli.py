@@ -23,10 +23,12 @@ from mmengine.runner import CheckpointLoader, Runner, checkpoint
 from .checkpoint_io import read_checkpoint
 
 __all__ = [
+    'add_cfg_options',
     'add_common_arguments',
     'build_runner',
     'check_data',
     'load_config',
+    'merge_options',
     'one_line_errors',
     'read_weights_only',
 ]
@@ -64,6 +66,24 @@ class _CfgOptions(DictAction):
         return DictAction._parse_iterable(val)
 
 
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, whose value :func:`merge_options` takes.
+
+    Args:
+        parser (ArgumentParser): It is changed.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        metavar='KEY=VALUE',
+        help='override settings of the configuration, for instance '
+        'optim_wrapper.optimizer.lr=2e-4; lists as key="[a,b]". data_root '
+        'moves the data of all data sets and metrics that lie below it; '
+        'num_classes sets all heads that have the number of the configuration',
+    )
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share, named as in mmdet.
 
@@ -75,16 +95,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help='folder for logs and checkpoints; by default work_dir of the '
         'configuration, else work_dirs/ and the name of the configuration',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_CfgOptions,
-        metavar='KEY=VALUE',
-        help='override settings of the configuration, for instance '
-        'optim_wrapper.optimizer.lr=2e-4; lists as key="[a,b]". data_root '
-        'moves the data of all data sets and metrics that lie below it; '
-        'num_classes sets all heads that have the number of the configuration',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -122,12 +133,7 @@ def load_config(args: argparse.Namespace) -> Config:
     if not osp.isfile(args.config):
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
     cfg = Config.fromfile(args.config)
-    options = dict(args.cfg_options or {})
-    if 'data_root' in options and cfg.get('data_root'):
-        _move_data_root(cfg, cfg.data_root, options['data_root'])
-    if 'num_classes' in options and cfg.get('num_classes'):
-        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
-    cfg.merge_from_dict(options)
+    merge_options(cfg, args.cfg_options or {})
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -135,6 +141,21 @@ def load_config(args: argparse.Namespace) -> Config:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs', name)
     return cfg
+
+
+def merge_options(cfg: Config, options: dict) -> None:
+    """Override settings of a configuration.
+
+    Args:
+        cfg (Config): It is changed.
+        options (dict): Values by dotted keys. ``data_root`` and
+            ``num_classes`` reach the places that they were copied to.
+    """
+    if 'data_root' in options and cfg.get('data_root'):
+        _move_data_root(cfg, cfg.data_root, options['data_root'])
+    if 'num_classes' in options and cfg.get('num_classes'):
+        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
+    cfg.merge_from_dict(dict(options))
 
 
 def _map_leaves(function: Callable, value: object, key: object = None) -> object:

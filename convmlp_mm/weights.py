@@ -124,6 +124,7 @@ def load_model_weights(
     model: nn.Module,
     checkpoint: str | os.PathLike,
     map_location: str | torch.device = 'cpu',
+    skip_heads: bool = True,
 ) -> str:
     """Load a checkpoint into a classifier, detector or segmentor, or nothing.
 
@@ -133,6 +134,7 @@ def load_model_weights(
         checkpoint (str | PathLike): See :func:`.read_checkpoint`. What it may
             hold is described at :func:`fit_checkpoint`.
         map_location (str | torch.device): See :func:`.read_checkpoint`.
+        skip_heads (bool): See :func:`fit_checkpoint`. Defaults to True.
 
     Returns:
         str: One line that says how many tensors matched and what was skipped.
@@ -143,7 +145,10 @@ def load_model_weights(
             tensor of the model.
     """
     loaded, message = fit_checkpoint(
-        model, read_checkpoint(checkpoint, map_location), checkpoint
+        model,
+        read_checkpoint(checkpoint, map_location),
+        checkpoint,
+        skip_heads=skip_heads,
     )
     model.load_state_dict(loaded, strict=False)
     return message
@@ -154,6 +159,7 @@ def fit_checkpoint(
     checkpoint: Mapping,
     name: str | os.PathLike,
     partial: bool = False,
+    skip_heads: bool = True,
 ) -> tuple[dict[str, Tensor], str]:
     """Give a checkpoint the names of a model and keep what the model has.
 
@@ -168,11 +174,12 @@ def fit_checkpoint(
         partial (bool): Whether tensors outside of the backbone may be missing
             in the file, as when a detector starts from a classifier. Defaults
             to False.
+        skip_heads (bool): Whether a head with another number of classes is
+            left out, and stays random. Defaults to True.
 
     Returns:
         tuple[dict, str]: The tensors that fit, and one line that says how
-        many they are and what was skipped. A head with another number of
-        classes is skipped.
+        many they are and what was skipped.
 
     Raises:
         ValueError: If a tensor of the backbone is missing or has another
@@ -190,7 +197,8 @@ def fit_checkpoint(
     heads = [
         key
         for key in found.keys() & expected.keys()
-        if 'head' in key
+        if skip_heads
+        and 'head' in key
         and not key.startswith(BACKBONE)
         and found[key].shape != expected[key].shape
         and found[key].shape[1:] == expected[key].shape[1:]

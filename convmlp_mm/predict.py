@@ -1,0 +1,340 @@
+"""Predict folders of images with the inferencers of the toolkits.
+
+What the inferencers lack for that: an unreadable file does not end the run,
+results keep the names of the images, and files are in formats that others read.
+"""
+
+from __future__ import annotations
+
+import os
+import os.path as osp
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mmcv
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from mmengine.infer import BaseInferencer
+    from mmengine.structures import BaseDataElement
+
+__all__ = [
+    'RESULTS',
+    'labels_of',
+    'list_images',
+    'name_outputs',
+    'predict',
+    'read_size',
+]
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+# COCO numbers its 80 classes from 1 to 90 and leaves these out.
+UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+# Pictures of classifiers are enlarged to this short side, so that text fits on them.
+CLASSIFIED_SIDE = 320
+
+
+def list_images(path: str | os.PathLike) -> list[str]:
+    """List the images that are to be predicted.
+
+    Args:
+        path (str | PathLike): An image, or a folder, which is searched with
+            the folders in it for files that are called like images.
+
+    Returns:
+        list[str]: Paths, sorted.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or no image in
+            the folder.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise FileNotFoundError(f'image or folder {str(path)!r} does not exist')
+    found = [p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS]
+    if not found:
+        raise FileNotFoundError(
+            f'folder {str(path)!r} has no images ({", ".join(EXTENSIONS)})'
+        )
+    return sorted(str(p) for p in found)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Check that an image can be read to its end.
+
+    Args:
+        path (str): The image.
+
+    Returns:
+        tuple[int, int]: Height and width in pixels, as the toolkits see it.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    # OpenCV, with which the toolkits read, pads what is missing in grey.
+    with Image.open(path) as image:
+        image.load()
+    pixels = mmcv.imread(path)
+    if pixels is None:
+        raise OSError(f'OpenCV cannot read {path}')
+    return pixels.shape[:2]
+
+
+def predict(
+    inferencer: BaseInferencer, images: list[str], score_thr: float
+) -> Iterator[tuple[BaseDataElement, np.ndarray]]:
+    """Predict one batch of images.
+
+    Args:
+        inferencer (BaseInferencer): See :func:`convmlp_mm.get_inferencer`.
+        images (list[str]): Their paths.
+        score_thr (float): Lowest score of the detections that are drawn.
+
+    Yields:
+        tuple[BaseDataElement, np.ndarray]: The prediction as the toolkit
+        gives it, and a picture of it, (H, W, 3), RGB, uint8.
+    """
+    scope = inferencer.model.cfg.default_scope
+    samples = []
+    for data in inferencer.preprocess(images, batch_size=len(images)):
+        samples += inferencer.forward(data[1] if scope == 'mmdet' else data)
+    if scope == 'mmpretrain':
+        if inferencer.visualizer is None:
+            # As the inferencer itself does where it draws.
+            from mmpretrain.visualization import UniversalVisualizer
+
+            inferencer.visualizer = UniversalVisualizer()
+        pictures = [
+            inferencer.visualizer.visualize_cls(
+                mmcv.imread(image, channel_order='rgb'),
+                sample,
+                classes=inferencer.classes,
+                resize=CLASSIFIED_SIDE,
+                draw_gt=False,
+            )
+            for image, sample in zip(images, samples)
+        ]
+    elif scope == 'mmdet':
+        pictures = inferencer.visualize(
+            images, samples, return_vis=True, pred_score_thr=score_thr
+        )
+    else:
+        pictures = inferencer.visualize(
+            images, samples, return_vis=True, opacity=0.6, with_labels=False
+        )
+        pictures = [
+            add_legend(picture, *legend_of(inferencer, sample))
+            for picture, sample in zip(pictures, samples)
+        ]
+    yield from zip(samples, pictures)
+
+
+def labels_of(sample: BaseDataElement) -> np.ndarray:
+    """Return the classes of the pixels, (H, W)."""
+    return sample.pred_sem_seg.data[0].cpu().numpy()
+
+
+def legend_of(
+    inferencer: BaseInferencer, sample: BaseDataElement
+) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Name what a label map shows, with its share, the largest first."""
+    meta = inferencer.visualizer.dataset_meta
+    labels, counts = np.unique(labels_of(sample), return_counts=True)
+    order = np.argsort(-counts, kind='stable')
+    shares = counts / counts.sum()
+    percents = [f'{100 * s:.1f} %' if s >= 0.001 else '< 0.1 %' for s in shares]
+    texts = [f'{meta["classes"][labels[i]]}  {percents[i]}' for i in order]
+    return texts, [tuple(meta['palette'][labels[i]]) for i in order]
+
+
+def add_legend(
+    picture: np.ndarray, texts: list[str], colours: list[tuple[int, int, int]]
+) -> np.ndarray:
+    """Put names and colours to the right of a picture.
+
+    Args:
+        picture (np.ndarray): (H, W, 3), RGB, uint8.
+        texts (list[str]): What to write; what does not fit is counted.
+        colours (list[tuple]): RGB.
+
+    Returns:
+        np.ndarray: (H, W + legend, 3).
+    """
+    height = len(picture)
+    size = int(np.clip(height / 30, 11, 24))
+    line = round(1.5 * size)
+    room = max(1, height // line)
+    if len(texts) > room:
+        texts = [*texts[: room - 1], f'and {len(texts) - room + 1} more']
+        colours = [*colours[: room - 1], (255, 255, 255)]
+    font = ImageFont.load_default(size)
+    width = 2 * line + int(max(font.getlength(text) for text in texts))
+    panel = Image.new('RGB', (width, height), 'white')
+    draw = ImageDraw.Draw(panel)
+    for i, (text, colour) in enumerate(zip(texts, colours)):
+        top = i * line + (line - size) // 2
+        draw.rectangle((size // 2, top, size // 2 + size, top + size), fill=colour)
+        draw.text((2 * size, i * line + line // 2), text, 'black', font, anchor='lm')
+    return np.concatenate([picture, np.asarray(panel)], axis=1)
+
+
+class Results:
+    """What is written beside the pictures: the content of ``results.json``.
+
+    Args:
+        inferencer (BaseInferencer): Where the classes come from.
+        score_thr (float): Lowest score of the detections that are kept.
+    """
+
+    def __init__(self, inferencer: BaseInferencer, score_thr: float):
+        meta = inferencer.model.dataset_meta
+        self.classes = list(meta.get('classes') or ())
+        self.score_thr = score_thr
+        self.images, self.predictions, self.skipped = [], [], []
+        self.ids = self.category_ids()
+
+    # What the list of predictions is called in the file.
+    key = 'predictions'
+
+    def category_ids(self) -> list[int]:
+        """Numbers of the classes in the file."""
+        return list(range(len(self.classes)))
+
+    def add(
+        self,
+        name: str,
+        size: tuple[int, int],
+        sample: BaseDataElement,
+        label_map: str,
+    ) -> None:
+        """Add an image.
+
+        Args:
+            name (str): Its name in the folder.
+            size (tuple[int, int]): Height and width in pixels.
+            sample (BaseDataElement): The prediction.
+            label_map (str): The file that a segmentor's label map goes to.
+        """
+        image = dict(id=len(self.images) + 1, file_name=name)
+        image.update(height=int(size[0]), width=int(size[1]))
+        self.images.append(image)
+        self.predictions += self.describe(image['id'], sample, label_map)
+
+    def describe(self, image_id: int, sample: BaseDataElement, label_map: str) -> list:
+        """Say what has been predicted in an image."""
+        raise NotImplementedError
+
+    def content(self, **info: object) -> dict:
+        """Return what the file will hold."""
+        return dict(
+            info=info,
+            images=self.images,
+            categories=[
+                dict(id=i, name=name) for i, name in zip(self.ids, self.classes)
+            ],
+            skipped=self.skipped,
+            **{self.key: self.predictions},
+        )
+
+
+class ClassificationResults(Results):
+    """The five most probable classes of each image."""
+
+    def describe(self, image_id: int, sample: BaseDataElement, label_map: str) -> list:
+        scores, labels = sample.pred_score.topk(min(5, len(sample.pred_score)))
+        top = [
+            dict(category_id=label, score=score, **self.name(label))
+            for label, score in zip(labels.tolist(), scores.tolist())
+        ]
+        return [dict(image_id=image_id, **top[0], top5=top)]
+
+    def name(self, label: int) -> dict:
+        """Name a class, if the data set of the configuration does."""
+        return dict(name=self.classes[label]) if label < len(self.classes) else {}
+
+
+class DetectionResults(Results):
+    """Boxes as x, y, width, height and run-length encoded masks, as COCO has them."""
+
+    key = 'annotations'
+
+    def category_ids(self) -> list[int]:
+        from mmdet.datasets import CocoDataset
+
+        if tuple(self.classes) == tuple(CocoDataset.METAINFO['classes']):
+            return [i for i in range(1, 91) if i not in UNUSED_COCO_IDS]
+        return list(range(1, len(self.classes) + 1))
+
+    def describe(self, image_id: int, sample: BaseDataElement, label_map: str) -> list:
+        from mmdet.structures.mask import encode_mask_results
+
+        found = sample.pred_instances
+        found = found[found.scores >= self.score_thr].cpu().numpy()
+        records = []
+        for i, (x1, y1, x2, y2) in enumerate(found.bboxes.tolist()):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            record = dict(
+                id=len(self.predictions) + i + 1,
+                image_id=image_id,
+                category_id=self.ids[int(found.labels[i])],
+                bbox=[round(value, 2) for value in box],
+                area=round(box[2] * box[3], 2),
+                score=round(float(found.scores[i]), 5),
+                iscrowd=0,
+            )
+            if 'masks' in found:
+                (mask,) = encode_mask_results([found.masks[i]])
+                record['segmentation'] = dict(
+                    size=list(map(int, mask['size'])), counts=mask['counts'].decode()
+                )
+                record['area'] = int(found.masks[i].sum())
+            records.append(record)
+        return records
+
+
+class SegmentationResults(Results):
+    """The share of each class; the label maps are files of their own."""
+
+    def describe(self, image_id: int, sample: BaseDataElement, label_map: str) -> list:
+        labels = labels_of(sample)
+        found, counts = np.unique(labels, return_counts=True)
+        return [
+            dict(
+                image_id=image_id,
+                label_map=label_map,
+                pixels={
+                    self.classes[label]: int(count)
+                    for label, count in zip(found, counts)
+                },
+            )
+        ]
+
+
+RESULTS = {
+    'mmpretrain': ClassificationResults,
+    'mmdet': DetectionResults,
+    'mmseg': SegmentationResults,
+}
+
+
+def name_outputs(images: list[str], root: str) -> dict[str, str]:
+    """Choose names without ending for what is written of each image.
+
+    Args:
+        images (list[str]): Their paths.
+        root (str): The folder that they lie in; folders below it stay.
+
+    Returns:
+        dict[str, str]: By path. Images that differ in the ending only keep it.
+    """
+    names = {path: osp.relpath(path, root) for path in images}
+    stems = {path: osp.splitext(name)[0] for path, name in names.items()}
+    counts = Counter(stems.values())
+    return {
+        path: stem if counts[stem] == 1 else names[path] for path, stem in stems.items()
+    }

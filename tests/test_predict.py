@@ -1,0 +1,204 @@
+"""Predictions of folders: pictures, results for other programs, and bad files."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from published import draw
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+
+from convmlp_mm import get_inferencer, get_model
+from convmlp_mm.predict import add_legend, list_images, name_outputs
+
+SMALL = 'test_dataloader.dataset.pipeline.1.scale='
+FEW = (
+    'model.test_cfg.rpn.max_per_img=20',
+    'model.test_cfg.rcnn.max_per_img=10',
+    'model.test_cfg.rcnn.score_thr=0.0',
+)
+MODELS = {
+    'convmlp_s_imagenet': (),
+    'retinanet_convmlp_s': (f'{SMALL}(96,96)', 'model.test_cfg.max_per_img=10'),
+    'mask_rcnn_convmlp_s': (f'{SMALL}(96,96)', *FEW),
+    'semantic_fpn_convmlp_s': (f'{SMALL}(128,64)',),
+}
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    """Files with drawn weights, whose scores differ widely, by name of the model."""
+    folder = tmp_path_factory.mktemp('weights')
+
+    def make(name):
+        path = folder / f'{name}.pth'
+        if not path.exists():
+            state = get_model(name).state_dict()
+            drawn = {
+                key: draw(key, value.shape).float() for key, value in state.items()
+            }
+            torch.save(drawn, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Four images, of two sizes, and three files that are none."""
+    folder = tmp_path_factory.mktemp('images')
+    (folder / 'more').mkdir()
+    rng = np.random.default_rng(0)
+    sizes = {'a.jpg': (48, 64), 'b.jpg': (48, 64), 'b.png': (64, 40)}
+    for name, size in {**sizes, 'more/c.jpg': (48, 64)}.items():
+        pixels = rng.integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    whole = (folder / 'a.jpg').read_bytes()
+    (folder / 'broken.jpg').write_bytes(whole[: len(whole) // 2])
+    (folder / 'text.png').write_text('no image')
+    (folder / 'notes.txt').write_text('no image, and not called like one')
+    return folder
+
+
+def run(tool, name, weights, source, out, *options):
+    settings = ['--cfg-options', *MODELS[name]] if MODELS[name] else []
+    command = ['predict.py', name, weights(name), source, '--out', out]
+    return tool(*command, '--device', 'cpu', *options, *settings)
+
+
+@pytest.mark.parametrize('name', [m for m in MODELS if not m.startswith('mask')])
+def test_folder_is_predicted_and_bad_files_are_named(
+    tool, weights, images, tmp_path, name
+):
+    out = tmp_path / 'out'
+    done = run(tool, name, weights, images, out, '--score-thr', '0')
+    assert done.returncode == 1, done.stderr
+    assert 'predicted 4 of 6 images' in done.stdout
+    assert 'skipped broken.jpg' in done.stderr and 'skipped text.png' in done.stderr
+    results = json.loads((out / 'results.json').read_text())
+    assert [i['file_name'] for i in results['skipped']] == ['broken.jpg', 'text.png']
+    sizes = {i['file_name']: (i['height'], i['width']) for i in results['images']}
+    assert sizes == {
+        'a.jpg': (48, 64),
+        'b.jpg': (48, 64),
+        'b.png': (64, 40),
+        'more/c.jpg': (48, 64),
+    }
+    pictures = {p.relative_to(out / 'vis').as_posix() for p in out.rglob('vis/**/*.*')}
+    assert pictures == {'a.jpg', 'b.jpg.jpg', 'b.png.jpg', 'more/c.jpg'}
+    for path in out.rglob('*.*'):
+        assert path.name == 'results.json' or Image.open(path).size
+
+
+def test_classes_are_those_of_the_model(tool, weights, images, tmp_path):
+    name = 'convmlp_s_imagenet'
+    run(tool, name, weights, images, tmp_path / 'out', '--batch-size', '3')
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    inferencer = get_inferencer(name, str(weights(name)), 'cpu')
+    for image, found in zip(results['images'], results['predictions'], strict=True):
+        (expected,) = inferencer(str(images / image['file_name']))
+        assert found['image_id'] == image['id']
+        assert found['category_id'] == expected['pred_label']
+        assert found['name'] == expected['pred_class']
+        assert found['score'] == pytest.approx(expected['pred_score'], rel=1e-5)
+        assert len(found['top5']) == 5
+
+
+@pytest.mark.parametrize('name', ['retinanet_convmlp_s', 'mask_rcnn_convmlp_s'])
+def test_detections_are_in_the_format_of_coco(tool, weights, images, tmp_path, name):
+    def predict(batch_size, threshold):
+        out = tmp_path / f'{batch_size}-{threshold}'
+        options = ['--batch-size', batch_size, '--score-thr', threshold]
+        run(tool, name, weights, images, out, *options)
+        return json.loads((out / 'results.json').read_text())
+
+    everything = predict(2, 0)
+    scores = [a['score'] for a in everything['annotations']]
+    threshold = sum(sorted(set(scores))[len(set(scores)) // 2 - 1 :][:2]) / 2
+    alone = predict(1, threshold)
+    assert alone['images'] == everything['images']
+    expected = [a for a in everything['annotations'] if a['score'] >= threshold]
+    for one, two in zip(alone['annotations'], expected, strict=True):
+        assert one['image_id'] == two['image_id']
+        assert one['score'] == pytest.approx(two['score'], abs=2e-5)
+        np.testing.assert_allclose(one['bbox'], two['bbox'], atol=0.03)
+
+    truth = COCO()
+    truth.dataset = dict(everything, annotations=[])
+    truth.createIndex()
+    # The numbers of COCO, which leave some out.
+    assert truth.cats[90]['name'] == 'toothbrush' and 12 not in truth.cats
+    read = truth.loadRes(copy.deepcopy(everything['annotations']))
+    assert len(read.anns) == len(scores) > 4
+    for annotation in everything['annotations']:
+        size = truth.imgs[annotation['image_id']]
+        if name.startswith('mask'):
+            mask = mask_api.decode(annotation['segmentation'])
+            assert mask.shape == (size['height'], size['width'])
+            assert mask.sum() == annotation['area']
+        else:
+            assert 'segmentation' not in annotation
+        x, y, width, height = annotation['bbox']
+        assert 0 <= x <= x + width <= size['width'] + 0.02
+        assert 0 <= y <= y + height <= size['height'] + 0.02
+
+
+def test_label_maps_have_the_class_of_each_pixel(tool, weights, images, tmp_path):
+    name = 'semantic_fpn_convmlp_s'
+    run(tool, name, weights, images / 'b.png', tmp_path / 'out')
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    (found,) = results['predictions']
+    labels = np.asarray(Image.open(tmp_path / 'out' / found['label_map']))
+    assert labels.shape == (64, 40) and labels.dtype == np.uint8
+    names = {c['id']: c['name'] for c in results['categories']}
+    assert len(names) == 150
+    values, counts = np.unique(labels, return_counts=True)
+    assert found['pixels'] == {names[v]: c for v, c in zip(values, counts.tolist())}
+    picture = Image.open(tmp_path / 'out' / 'vis' / 'b.jpg')
+    # With a legend on its right.
+    assert picture.height == 64 and picture.width > 40
+
+
+def test_legend_counts_what_does_not_fit():
+    picture = np.zeros((100, 80, 3), np.uint8)
+    few = add_legend(picture, ['sky'], [(0, 0, 255)])
+    assert (few[:, :80] == 0).all() and (few[:, 80:] == (0, 0, 255)).all(-1).any()
+    many = add_legend(picture, ['x'] * 99, [(255, 0, 0)] * 99)
+    assert many.shape[0] == 100 and many.shape[1] > few.shape[1]
+
+
+def test_mistakes_are_said_before_work_starts(tool, weights, images, tmp_path):
+    name, out = 'convmlp_s_imagenet', tmp_path / 'out'
+    out.mkdir()
+    (out / 'results.json').write_text('mine')
+    file = weights(name)
+    for command, fragment in (
+        (['nothing', file, images], "has no configuration 'nothing'"),
+        ([name, 'no.pth', images], "checkpoint 'no.pth' does not exist"),
+        ([name, file, tmp_path / 'no'], "no' does not exist"),
+        ([name, file, out], 'has no images (.jpg'),
+        ([name, file, images, '--batch-size', '0'], '--batch-size must be at least 1'),
+        ([name, file, images, '--score-thr', '2'], '--score-thr must be in [0, 1]'),
+        (['ablation/pure_mlp_100e', 'published', images], 'no published weights'),
+        (['convmlp_m_imagenet', file, images], 'The file is ConvMLP-S'),
+        (['transfer/convmlp_s_cifar10', file, images], 'of another shape: head.fc'),
+    ):
+        done = tool('predict.py', *command, '--out', tmp_path / 'new')
+        assert done.returncode == 2 and fragment in done.stderr, done.stderr
+        lines = [line for line in done.stderr.splitlines() if 'error:' in line]
+        assert len(lines) == 1 and lines[0].startswith('predict.py: error: ')
+        assert not (tmp_path / 'new').exists()
+    done = tool('predict.py', name, file, images, '--out', out)
+    assert done.returncode == 2 and 'is already there' in done.stderr
+    assert (out / 'results.json').read_text() == 'mine'
+
+
+def test_images_are_found_in_folders_and_named_apart(images):
+    found = list_images(images)
+    assert len(found) == 6 and str(images / 'notes.txt') not in found
+    names = name_outputs(found, str(images))
+    assert len(set(names.values())) == 6
+    assert list_images(images / 'a.jpg') == [str(images / 'a.jpg')]

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Predict an image or a folder of images: pictures and results for other programs.
+
+OUT/vis has the pictures, OUT/results.json the results: the five best classes of a
+classifier; boxes and run-length encoded masks of a detector as in COCO; and for a
+segmentor the pixels of each class, with the label maps in OUT/label_maps (class numbers
+from 0). Unreadable images are named and skipped; then the exit code is 1.
+"""
+
+import argparse
+import json
+import os
+import os.path as osp
+import sys
+
+import cv2
+from mmengine.utils import ProgressBar
+
+from convmlp_mm import get_inferencer
+from convmlp_mm.apis import find_config
+from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
+from convmlp_mm.files import check_output, write_file
+from convmlp_mm.predict import (
+    RESULTS,
+    labels_of,
+    list_images,
+    name_outputs,
+    predict,
+    read_size,
+)
+from convmlp_mm.zoo import published_weights
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'config', help="configuration file, or a name such as 'retinanet_convmlp_s'"
+    )
+    parser.add_argument(
+        'weights', help="checkpoint file or URL, or 'published' for the authors'"
+    )
+    parser.add_argument('input', help='image, or folder, with the folders in it')
+    parser.add_argument('--out', required=True, help='folder for what is written')
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=1,
+        help='images predicted at once; detectors and segmentors take only images '
+        'of one size together, so that it changes no result (default: %(default)s)',
+    )
+    parser.add_argument('--device', help="such as 'cuda:1'; by default a GPU if any")
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        help='lowest score of the detections that are kept (default: %(default)s)',
+    )
+    add_cfg_options(parser)
+    parser.add_argument('--overwrite', action='store_true', help='replace files in OUT')
+    return parser.parse_args()
+
+
+def batches(images: list[str], batch_size: int, mixed: bool, skip):
+    """Group images, of one size unless they may be mixed, with their sizes."""
+    batch, sizes = [], []
+    for image in images:
+        try:
+            size = read_size(image)
+        # Pillow raises what it likes for broken files.
+        except Exception as error:
+            skip(image, error)
+            continue
+        if batch and (len(batch) == batch_size or not (mixed or size == sizes[0])):
+            yield batch, sizes
+            batch, sizes = [], []
+        batch.append(image)
+        sizes.append(size)
+    if batch:
+        yield batch, sizes
+
+
+def save_image(path: str, pixels) -> None:
+    """Write an image, RGB or one channel, in the format that its name says."""
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    if pixels.ndim == 3:
+        pixels = pixels[..., ::-1]
+    _, content = cv2.imencode(osp.splitext(path)[1], pixels)
+    write_file(path, content.tobytes(), overwrite=True)
+
+
+def main() -> int:
+    args = parse_args()
+    with one_line_errors():
+        if args.batch_size < 1:
+            raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
+        if not 0 <= args.score_thr <= 1:
+            raise ValueError(f'--score-thr must be in [0, 1], got {args.score_thr}')
+        images = list_images(args.input)
+        report = osp.join(args.out, 'results.json')
+        if osp.isdir(args.out):
+            check_output(report, args.overwrite)
+        cfg = find_config(args.config)
+        merge_options(cfg, args.cfg_options or {})
+        weights = args.weights
+        if weights == 'published':
+            weights = published_weights(args.config)
+        inferencer = get_inferencer(cfg, weights, args.device)
+        os.makedirs(args.out, exist_ok=True)
+    root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
+    names = name_outputs(images, root)
+    scope = cfg.default_scope
+    results = RESULTS[scope](inferencer, args.score_thr)
+    bar = ProgressBar(len(images), file=sys.stderr) if len(images) > 1 else None
+
+    def skip(path: str, error: Exception) -> None:
+        name = osp.relpath(path, root)
+        print(f'\nskipped {name}: {error}', file=sys.stderr)
+        results.skipped.append(dict(file_name=name, reason=str(error)))
+        if bar:
+            bar.update()
+
+    for batch, sizes in batches(images, args.batch_size, scope == 'mmpretrain', skip):
+        predicted = predict(inferencer, batch, args.score_thr)
+        for path, size, (sample, picture) in zip(batch, sizes, predicted):
+            label_map = f'label_maps/{names[path]}.png'
+            results.add(osp.relpath(path, root), size, sample, label_map)
+            save_image(osp.join(args.out, 'vis', f'{names[path]}.jpg'), picture)
+            if scope == 'mmseg':
+                labels = labels_of(sample)
+                # Label maps of more than 256 classes need 16 bits.
+                kind = 'uint8' if len(results.classes) <= 256 else 'uint16'
+                save_image(osp.join(args.out, label_map), labels.astype(kind))
+            if bar:
+                bar.update()
+    info = dict(config=args.config, weights=weights, score_thr=args.score_thr)
+    write_file(report, json.dumps(results.content(**info), indent=1), overwrite=True)
+    done = f'{len(results.images)} of {len(images)} images'
+    print(f'\npredicted {done}: {report} and {osp.join(args.out, "vis")}')
+    return 1 if results.skipped else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image
 from published import draw
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from convmlp_mm import get_inferencer, get_model
-from convmlp_mm.predict import add_legend, list_images, name_outputs
+from convmlp_mm.apis import build_model, find_config
+from convmlp_mm.predict import add_legend, labels_of, list_images, name_outputs
 
 SMALL = 'test_dataloader.dataset.pipeline.1.scale='
 FEW = (
@@ -202,3 +204,29 @@ def test_images_are_found_in_folders_and_named_apart(images):
     names = name_outputs(found, str(images))
     assert len(set(names.values())) == 6
     assert list_images(images / 'a.jpg') == [str(images / 'a.jpg')]
+
+
+def test_flips_of_segmentation_tta_make_the_prediction_symmetric(weights, images):
+    cfg = find_config('semantic_fpn_convmlp_s')
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    model = build_model(cfg)
+    model.module.load_state_dict(torch.load(weights('semantic_fpn_convmlp_s')))
+    augment = cfg.tta_pipeline[1].transforms
+    cfg.tta_pipeline[1].transforms = [augment[0][2:3], augment[1], augment[3]]
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        # Loads an array, which can be mirrored.
+        transform = TRANSFORMS.build(cfg.tta_pipeline[1])
+
+    def predict(pixels):
+        shape = pixels.shape[:2]
+        image = dict(img=pixels, img_path='', img_shape=shape, ori_shape=shape)
+        data = transform(image)
+        data = {key: [[value] for value in values] for key, values in data.items()}
+        assert len(data['inputs']) == 2
+        with torch.no_grad():
+            return labels_of(model.test_step(data)[0])
+
+    pixels = np.array(Image.open(images / 'a.jpg'))
+    labels, mirrored = predict(pixels), predict(pixels[:, ::-1].copy())
+    assert labels.shape == (48, 64) and len(np.unique(labels)) > 1
+    assert (labels == mirrored[:, ::-1]).mean() > 0.999

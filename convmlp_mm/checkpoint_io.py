@@ -88,7 +88,20 @@ class _Unpickler(pickle.Unpickler):
         return allowed[key]
 
 
-def _load_safely(source: str | io.BytesIO, map_location: str | torch.device) -> object:
+def _load_safely(
+    source: str | io.BytesIO, name: str, map_location: str | torch.device
+) -> object:
+    if name.endswith('.safetensors'):
+        # Of timm and Hugging Face; timm brings the reader.
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        content = source.read() if isinstance(source, io.BytesIO) else _bytes(source)
+        try:
+            loaded = load(content)
+        except SafetensorError as error:
+            raise ValueError(error) from error
+        return {key: value.to(map_location) for key, value in loaded.items()}
     if hasattr(torch.serialization, 'safe_globals'):
         allowed = [(value, key) for key, value in _runner_globals().items()]
         with torch.serialization.safe_globals(allowed):
@@ -97,6 +110,11 @@ def _load_safely(source: str | io.BytesIO, map_location: str | torch.device) -> 
     module.Unpickler = _Unpickler
     module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
     return torch.load(source, map_location=map_location, pickle_module=module)
+
+
+def _bytes(path: str) -> bytes:
+    with open(path, 'rb') as file:
+        return file.read()
 
 
 def _check_hash(path: str, url: str) -> None:
@@ -166,7 +184,7 @@ def _fetch(url: str, path: str) -> None:
 def _open(source: str | io.BytesIO, name: str, map_location: object) -> Mapping:
     """Read a file, and say of what is wrong with it what a user can use."""
     try:
-        checkpoint = _load_safely(source, map_location)
+        checkpoint = _load_safely(source, name, map_location)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         # torch puts the object in question into the middle of much advice, which
         # recommends to load it all the same.

@@ -21,6 +21,7 @@ from published import (
     draw_image,
     published_outputs,
 )
+from safetensors.torch import save_file
 from torch import nn
 
 from convmlp_mm import ConvMLP, get_model, zoo
@@ -209,6 +210,17 @@ def test_truncated_file_is_refused(published, save):
     path = save(published)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r'weights\.pth.*cut short'):
+        read_checkpoint(path)
+
+
+def test_safetensors_are_read(published, tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    save_file({k: v.contiguous() for k, v in published.items()}, path)
+    model = build(path)
+    model.init_weights()
+    assert_loaded(model, published)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='is not a file of plain weights'):
         read_checkpoint(path)
 
 

@@ -25,7 +25,14 @@ from mmengine import fileio
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging.history_buffer import HistoryBuffer
 
-__all__ = ['HASH_SOURCES', 'ROOT', 'dump_checkpoint', 'read_checkpoint']
+__all__ = [
+    'HASH_SOURCES',
+    'ROOT',
+    'dump_checkpoint',
+    'hash_file',
+    'locate_checkpoint',
+    'read_checkpoint',
+]
 
 # Where the authors publish, and the variable that names a folder with the same files.
 ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
@@ -125,11 +132,7 @@ def _check_hash(path: str, url: str) -> None:
         if match is None:
             return
         expected = match.group(1)
-    sha256 = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(2**20):
-            sha256.update(chunk)
-    digest = sha256.hexdigest()
+    digest = hash_file(path)
     if not digest.startswith(expected):
         raise ValueError(
             f'{path!r}, which is to be {url}, has the SHA-256 {digest}, but '
@@ -203,6 +206,48 @@ def _open(source: str | io.BytesIO, name: str, map_location: object) -> Mapping:
     return checkpoint
 
 
+def locate_checkpoint(filename: str | os.PathLike) -> str:
+    """Find a checkpoint on this machine, fetching it if it has to be.
+
+    Args:
+        filename (str | PathLike): See :func:`read_checkpoint`.
+
+    Returns:
+        str: A path, or the URL itself if it is not of http(s).
+
+    Raises:
+        OSError: See :func:`read_checkpoint`.
+        ValueError: If the file of a URL is not what it should be.
+    """
+    filename = os.path.expanduser(os.fspath(filename))
+    if filename.startswith(('http://', 'https://')):
+        # One process of the job fetches; the others find it, unless they are
+        # on a machine with another disk.
+        if is_main_process():
+            _download(filename)
+        barrier()
+        return _download(filename)
+    if '://' not in filename and not os.path.isfile(filename):
+        raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
+    return filename
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Compute the SHA-256 of a file.
+
+    Args:
+        path (str | PathLike): The file.
+
+    Returns:
+        str: 64 hexadecimal digits.
+    """
+    sha256 = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+
 def read_checkpoint(
     filename: str | os.PathLike, map_location: str | torch.device = 'cpu'
 ) -> dict:
@@ -229,18 +274,9 @@ def read_checkpoint(
             not enter the cache.
     """
     filename = os.path.expanduser(os.fspath(filename))
-    source = filename
-    if filename.startswith(('http://', 'https://')):
-        # One process of the job fetches; the others find it, unless they are
-        # on a machine with another disk.
-        if is_main_process():
-            _download(filename)
-        barrier()
-        source = _download(filename)
-    elif '://' in filename:
+    source = locate_checkpoint(filename)
+    if '://' in source:
         source = io.BytesIO(fileio.get(filename))
-    elif not os.path.isfile(filename):
-        raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
     return _open(source, filename, map_location)
 
 

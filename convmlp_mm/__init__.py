@@ -5,9 +5,11 @@ where mmpretrain, mmdet and mmseg find it, and makes its configurations known
 by name as ``convmlp_mm::NAME.py``. No toolkit is imported.
 """
 
-from .apis import get_inferencer, get_model
-from .convmlp import ConvMLP
-from .engine import CheckWeightsHook
+from importlib import import_module
+
+from mmengine.registry import HOOKS, MODELS
+
+from .lazy import register_lazily
 from .zoo import config_path, list_models, open_scope
 
 __version__ = '0.1.0'
@@ -21,4 +23,24 @@ __all__ = [
     'list_models',
 ]
 
+# They need torch, the import of which is put off until one of them is wanted.
+_LATER = {
+    'CheckWeightsHook': '.engine',
+    'ConvMLP': '.convmlp',
+    'get_inferencer': '.apis',
+    'get_model': '.apis',
+}
+
+register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
+register_lazily(HOOKS, 'CheckWeightsHook', _LATER['CheckWeightsHook'])
 open_scope()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(_LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -16,7 +16,7 @@ import re
 import types
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from urllib.parse import urlparse
 
 import numpy as np
@@ -25,20 +25,17 @@ from mmengine import fileio
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging.history_buffer import HistoryBuffer
 
+from .zoo import ROOT, published_hash
+
 __all__ = [
-    'HASH_SOURCES',
-    'ROOT',
     'dump_checkpoint',
     'hash_file',
     'locate_checkpoint',
     'read_checkpoint',
 ]
 
-# Where the authors publish, and the variable that names a folder with the same files.
-ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
+# The variable that names a folder with the authors' files.
 MIRROR = 'CONVMLP_WEIGHTS'
-# Functions that give the SHA-256 of a URL, or None.
-HASH_SOURCES: list[Callable[[str], str | None]] = []
 # The first digits stand in the names of published files (torch hub, OpenMMLab), where a
 # date may stand as well.
 HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')
@@ -126,7 +123,7 @@ def _bytes(path: str) -> bytes:
 
 def _check_hash(path: str, url: str) -> None:
     """Compare a file with the SHA-256 that is known of its URL, if one is."""
-    expected = next(filter(None, (source(url) for source in HASH_SOURCES)), None)
+    expected = published_hash(url)
     if expected is None:
         match = HASH_IN_NAME.search(urlparse(url).path)
         if match is None:

@@ -392,7 +392,8 @@ class FeaturePoint(NamedTuple):
     stride: int
 
 
-@MODELS.register_module()
+# In place of what stood for it until now.
+@MODELS.register_module(force=True)
 class ConvMLP(BaseModule):
     """ConvMLP backbone for classification, detection and segmentation.
 

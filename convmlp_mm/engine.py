@@ -13,7 +13,7 @@ from .weights import fit_checkpoint
 __all__ = ['CheckWeightsHook']
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(force=True)
 class CheckWeightsHook(Hook):
     """Check what ``load_from`` names, and take published files as they are.
 

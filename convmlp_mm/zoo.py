@@ -15,19 +15,18 @@ from pathlib import Path
 import wrapt
 from mmengine.config import Config, utils
 from mmengine.fileio import load
-from mmengine.runner import CheckpointLoader
-
-from .checkpoint_io import HASH_SOURCES, ROOT, read_checkpoint
-from .weights import name_as_model
 
 __all__ = [
     'config_path',
     'list_models',
     'open_scope',
+    'published_hash',
     'published_weights',
 ]
 
 SCOPE = __package__
+# Where the authors publish.
+ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
 CLASSIFICATION = 'configs/metafile_classification.yml'
 
 
@@ -118,8 +117,16 @@ def published_weights(name: str) -> str:
     return weights
 
 
-def _published_hash(url: str) -> str | None:
-    """Return what a metafile says, if it does, about the file at a URL."""
+def published_hash(url: str) -> str | None:
+    """Return the SHA-256 that a metafile states of the file at a URL.
+
+    Args:
+        url (str): The URL.
+
+    Returns:
+        str, optional: ``SHA256`` of the model whose ``Weights`` it is; None
+        if there is none.
+    """
     return next(
         (e.get('SHA256') for e in _entries().values() if e.get('Weights') == url), None
     )
@@ -166,9 +173,8 @@ def open_scope() -> None:
     for module in (utils, sys.modules.get('mmengine.hub.hub')):
         if module is not None:
             module._get_package_and_cfg_path = for_hub
-    CheckpointLoader.register_scheme(ROOT, load_from_convmlp_zoo)
-    HASH_SOURCES.append(_published_hash)
-    # Now, or whenever somebody imports mmpretrain.
+    # Now, or whenever somebody imports them.
+    wrapt.when_imported('mmengine.runner.checkpoint')(_register_root)
     wrapt.when_imported('mmpretrain.apis.model')(_register_classifiers)
 
 
@@ -182,9 +188,17 @@ def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
     Returns:
         dict: ``state_dict`` with the names that the toolkits use.
     """
+    from .checkpoint_io import read_checkpoint
+    from .weights import name_as_model
+
     checkpoint = read_checkpoint(filename, map_location or 'cpu')
     meta = checkpoint.get('meta', {})
     return dict(state_dict=name_as_model(checkpoint), meta=meta)
+
+
+def _register_root(module: object) -> None:
+    """Let mmengine read the authors' files."""
+    module.CheckpointLoader.register_scheme(ROOT, load_from_convmlp_zoo)
 
 
 def _register_classifiers(module: object) -> None:

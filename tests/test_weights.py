@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convmlp_mm import ConvMLP, get_model, zoo
-from convmlp_mm.checkpoint_io import ROOT, read_checkpoint
+from convmlp_mm.checkpoint_io import read_checkpoint
 from convmlp_mm.cli import read_weights_only
 from convmlp_mm.weights import (
     describe_arch,
@@ -33,6 +33,7 @@ from convmlp_mm.weights import (
     to_mm_layout,
     to_published_layout,
 )
+from convmlp_mm.zoo import ROOT
 
 TINY = dict(
     tokenizer_channels=8,

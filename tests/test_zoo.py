@@ -9,12 +9,14 @@ import modelindex
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import Registry
 from PIL import Image
 from published import draw_checkpoint, draw_image, published_forward
 from torch.utils.flop_counter import FlopCounterMode
 
 import convmlp_mm
 from convmlp_mm.apis import build_model, find_config
+from convmlp_mm.lazy import register_lazily
 from convmlp_mm.zoo import open_scope
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -345,3 +347,28 @@ def test_weights_of_other_models_are_loaded_as_strictly(tmp_path):
     torch.save(dict(state_dict=state), tmp_path / 'r.pth')
     with pytest.raises(ValueError, match=r'1 missing: blocks\.3\.ls1'):
         convmlp_mm.get_model('timm::resmlp_12_224', str(tmp_path / 'r.pth'))
+
+
+def test_import_waits_for_torch_until_something_is_built():
+    code = (
+        'import sys, convmlp_mm; from mmengine.registry import HOOKS, MODELS; '
+        "assert 'torch' not in sys.modules and 'mmcv' not in sys.modules; "
+        "assert convmlp_mm.config_path('retinanet_convmlp_s'); "
+        'assert convmlp_mm.list_models(); '
+        "assert 'torch' not in sys.modules; "
+        "assert 's' in MODELS.get('ConvMLP').arch_settings; "
+        "model = MODELS.build(dict(type='ConvMLP', arch='s')); "
+        'assert type(model) is convmlp_mm.ConvMLP; '
+        "assert MODELS.get('ConvMLP') is convmlp_mm.ConvMLP; "
+        "hook = HOOKS.build(dict(type='CheckWeightsHook')); "
+        'assert type(hook) is convmlp_mm.CheckWeightsHook'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_name_that_somebody_else_has_taken_is_not_taken_over():
+    registry = Registry('models')
+    registry.register_module(name='ConvMLP', module=dict)
+    with pytest.raises(KeyError, match='ConvMLP is already registered'):
+        register_lazily(registry, 'ConvMLP', '.convmlp')

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ['Complexity', 'default_shape', 'measure_complexity']
 
+# Steps of a test pipeline that decide the size.
+CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
+
 
 @dataclass(frozen=True)
 class Complexity:
@@ -37,6 +40,7 @@ class Complexity:
         shape (tuple[int, int]): Height and width of the picture, in pixels.
         params (int): Number of trainable and frozen parameters, auxiliary heads
             included; buffers, such as the statistics of BN, are not.
+        trainable (int): Those of them that the configuration does not freeze.
         macs (int): Multiply-accumulates of convolutions and matrix products,
             those of attention included. Norms, activation functions, pooling and
             biases do not count.
@@ -52,6 +56,7 @@ class Complexity:
     name: str
     shape: tuple[int, int]
     params: int
+    trainable: int
     macs: int
     activations: int
     strides: tuple[int, ...]
@@ -85,9 +90,7 @@ def measure_complexity(
             operators of mmcv.
 
     Examples:
-        >>> from convmlp_mm.apis import find_config
-        >>> measure_complexity(find_config('convmlp_s_imagenet')).macs
-        2385327104
+        ``measure_complexity(find_config('convmlp_s_imagenet')).macs`` is 2385327104.
     """
     name = name or _name(cfg)
     shape = default_shape(cfg) if shape is None else tuple(shape)
@@ -106,6 +109,7 @@ def measure_complexity(
         name=name,
         shape=shape,
         params=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         macs=macs,
         activations=activations,
         strides=strides,
@@ -154,7 +158,7 @@ def _usual_shape(cfg: Config) -> tuple[int, int] | None:
         if 'scale' in step
         else _pair(step['crop_size'])
         for step in dataset.get('pipeline') or []
-        if step['type'].rpartition('.')[2] in ('Resize', 'CenterCrop')
+        if step['type'].rpartition('.')[2] in CROPS
         and ('scale' in step or 'crop_size' in step)
     ]
     if scope == 'mmdet' and (not sizes or sizes[-1] == (800, 1333)):
@@ -251,7 +255,11 @@ def _proposals_without_values(model: BaseModel) -> Iterator[None]:
 
 
 def _extract_nothing(
-    extractor: object, feats: tuple[Tensor], rois: Tensor, *args: object
+    extractor: object,
+    feats: tuple[Tensor],
+    rois: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> Tensor:
     """Stand in for RoIAlign, which only interpolates."""
     size = _pair(extractor.roi_layers[0].output_size)

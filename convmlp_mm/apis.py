@@ -272,6 +272,8 @@ def _dataset_meta(cfg: Config) -> dict:
     scope = cfg.default_scope
     import_module(f'{scope}.utils').register_all_modules(False)
     registry = import_module(f'{scope}.registry').DATASETS
-    meta = dict(getattr(registry.get(dataset.get('type', '')), 'METAINFO', {}))
+    # A registry fails at an empty name.
+    kind = registry.get(dataset['type']) if dataset.get('type') else None
+    meta = dict(getattr(kind, 'METAINFO', {}))
     meta.update(dataset.get('metainfo') or {})
     return meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os.path as osp
 import warnings
@@ -135,7 +136,8 @@ def build_model(cfg: Config) -> BaseModel:
     Raises:
         ValueError: If the configuration does not name one of the toolkits.
     """
-    cfg = cfg.copy()
+    # Its own copy is shallow, and models take entries out of theirs.
+    cfg = copy.deepcopy(cfg)
     scope = cfg.get('default_scope')
     if scope not in TOOLKITS:
         raise ValueError(

@@ -119,6 +119,8 @@ def test_costs_grow_with_the_picture_and_strides_do_not():
     small, odd = (measure('convmlp_s_imagenet', n) for n in ((64, 96), (33, 225)))
     assert small.macs < odd.macs < measure('convmlp_s_imagenet').macs
     assert small.params == odd.params and small.strides == odd.strides == (32,)
+    assert measure('retinanet_convmlp_s', (33, 33)).strides == (4, 8, 16, 32)
+    assert measure('timm::vit_small_patch14_dinov2').strides == (14,)
 
 
 @pytest.mark.parametrize(

@@ -278,18 +278,19 @@ def _describe(
             n['num_chs'] for n in levels
         )
     maps = [m for m in tree_flatten(maps)[0] if getattr(m, 'ndim', 0) == 4]
-    # Odd sizes round up at each layer with a stride: the nearest power of two, and
-    # what divides exactly.
     strides = tuple(_stride(shape, tuple(m.shape[-2:])) for m in maps)
     return strides, tuple(m.shape[1] for m in maps)
 
 
 def _stride(picture: tuple[int, int], size: tuple[int, int]) -> int:
-    """Divide the longer side; rounded up at each layer, a map is too large."""
+    """Tell the stride of a map, which odd sizes have rounded up at each layer."""
     side, cells = max(zip(picture, size))
-    if side % cells == 0:
-        return side // cells
-    return 2 ** round(math.log2(side / cells))
+    low = 2 ** math.floor(math.log2(side / cells))
+    for stride in (low, 2 * low):
+        if math.ceil(side / stride) == cells:
+            return stride
+    # One with patches of, say, 14 pixels.
+    return round(side / cells)
 
 
 def _explain(

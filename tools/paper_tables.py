@@ -195,8 +195,10 @@ def system_table(name: str, rows: list[dict], costs: list[Complexity]) -> str:
 
 def document(paper: dict, costs: dict) -> str:
     """Write the whole page."""
+    # Without what torch adds on the build for a GPU, which counts nothing.
     versions = ', '.join(
-        f'{name} {importlib.import_module(name).__version__}' for name in LIBRARIES
+        f'{name} {importlib.import_module(name).__version__.partition("+")[0]}'
+        for name in LIBRARIES
     )
     systems = '\n'.join(
         system_table(name, paper[name], costs[name]) for name in SYSTEMS

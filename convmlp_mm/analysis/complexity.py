@@ -311,10 +311,14 @@ def _explain(
         else:
             return (
                 f'{name} does not take pictures of {height} x {width} pixels (height '
-                f'x width); it takes {usual[0]} x {usual[1]}'
+                f'x width); it takes {usual[0]} x {usual[1]} '
+                f'({_first_line(error)})'
             )
-    reason = str(error).strip().partition('\n')[0] or type(error).__name__
     return (
         f'{name} cannot be counted at {height} x {width} pixels (height x width) '
-        f'without computing: {reason}'
+        f'without computing: {_first_line(error)}'
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition('\n')[0] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os.path as osp
 import warnings
@@ -140,7 +141,8 @@ def build_model(cfg: Config) -> BaseModel:
     Raises:
         ValueError: If the configuration does not name one of the toolkits.
     """
-    cfg = cfg.copy()
+    # Its own copy is shallow, and models take entries out of theirs.
+    cfg = copy.deepcopy(cfg)
     scope = cfg.get('default_scope')
     if scope not in TOOLKITS:
         raise ValueError(
@@ -297,6 +299,8 @@ def _dataset_meta(cfg: Config) -> dict:
     scope = cfg.default_scope
     import_module(f'{scope}.utils').register_all_modules(False)
     registry = import_module(f'{scope}.registry').DATASETS
-    meta = dict(getattr(registry.get(dataset.get('type', '')), 'METAINFO', {}))
+    # A registry fails at an empty name.
+    kind = registry.get(dataset['type']) if dataset.get('type') else None
+    meta = dict(getattr(kind, 'METAINFO', {}))
     meta.update(dataset.get('metainfo') or {})
     return meta

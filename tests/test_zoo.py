@@ -12,9 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 from PIL import Image
 from published import draw_checkpoint, draw_image, published_forward
-from torch.utils.flop_counter import FlopCounterMode
 
 import convmlp_mm
+from convmlp_mm.analysis.complexity import measure_complexity
 from convmlp_mm.apis import build_model, find_config
 from convmlp_mm.lazy import register_lazily
 from convmlp_mm.zoo import open_scope
@@ -82,34 +82,19 @@ def test_results_are_those_of_the_paper(index):
     assert found == expected
 
 
-def count_macs(model, size):
-    """Multiply-accumulates of convolutions and linear layers, without computing."""
-    model = model.to('meta')
-    x = torch.empty(1, 3, *size, device='meta')
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if not hasattr(model, 'roi_head'):
-            model(x)
-        else:
-            # Proposals depend on the picture: the 1000 and the 100 detections that
-            # are kept at most, as mmdet counts.
-            model.rpn_head(model.extract_feat(x))
-            model.roi_head.bbox_head(torch.empty(1000, 256, 7, 7, device='meta'))
-            model.roi_head.mask_head(torch.empty(100, 256, 14, 14, device='meta'))
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_parameters_flops_and_recipe_of_the_metafile_are_those_of_the_model(
     index, name
 ):
     (entry,) = [model for model in index.models if model.name == name]
     data = entry.metadata.data
-    model = convmlp_mm.get_model(name)
-    assert sum(p.numel() for p in model.parameters()) == data['Parameters']
-    size = [int(n) for n in data['Input Size'].split(' x ')]
-    assert count_macs(model, size) == data['FLOPs']
-    assert model.cfg.auto_scale_lr.base_batch_size == data['Batch Size']
-    length = model.cfg.train_cfg.get('max_epochs', model.cfg.train_cfg.get('max_iters'))
+    cfg = find_config(name)
+    cost = measure_complexity(cfg)
+    assert cost.params == data['Parameters']
+    assert '{} x {}'.format(*cost.shape) == data['Input Size']
+    assert cost.macs == data['FLOPs']
+    assert cfg.auto_scale_lr.base_batch_size == data['Batch Size']
+    length = cfg.train_cfg.get('max_epochs', cfg.train_cfg.get('max_iters'))
     assert data.get('Epochs', data.get('Iterations')) == length
 
 

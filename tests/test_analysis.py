@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from convmlp_mm.analysis.complexity import default_shape, measure_complexity
-from convmlp_mm.analysis.output import format_table, write_file
+from convmlp_mm.analysis.output import format_table
 from convmlp_mm.analysis.tradeoff import draw_tradeoff
 from convmlp_mm.apis import find_config
 
@@ -167,17 +167,6 @@ def test_table_has_three_formats():
     assert markdown[:3] == ['| model | n |', '| --- | ---: |', '| a | 10 |']
     with pytest.raises(ValueError, match="'csv'.*but got 'html'"):
         format_table(header, rows, 'html')
-
-
-def test_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / 'table.md'
-    write_file(path, 'old')
-    with pytest.raises(TypeError):
-        write_file(path, 3)
-    assert [p.name for p in tmp_path.iterdir()] == ['table.md']
-    assert path.read_text() == 'old'
-    with pytest.raises(FileNotFoundError, match="folder '.*no' does not exist"):
-        write_file(tmp_path / 'no' / 'table.md', 'new')
 
 
 def test_tool_writes_nothing_but_the_table(tmp_path):

@@ -15,9 +15,10 @@ from convmlp_mm.analysis.complexity import (
     default_shape,
     measure_complexity,
 )
-from convmlp_mm.analysis.output import FORMATS, check_folder, format_table, write_file
+from convmlp_mm.analysis.output import FORMATS, format_table
 from convmlp_mm.apis import find_config
 from convmlp_mm.cli import one_line_errors
+from convmlp_mm.files import check_output, write_file
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--format', choices=FORMATS, default='text')
     parser.add_argument('--out', help='file to write; by default the terminal')
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace the file of --out'
+    )
     return parser.parse_args(argv)
 
 
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                 f'--shape takes height and width, but got {len(args.shape)} numbers'
             )
         if args.out is not None:
-            check_folder(args.out)
+            check_output(args.out, args.overwrite)
         shape = args.shape and (args.shape[0], args.shape[-1])
         # All of them before the first is counted.
         jobs = [(name, find_config(name)) for name in args.models]
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out is None:
         sys.stdout.write(table)
     else:
-        write_file(args.out, table)
+        write_file(args.out, table, args.overwrite)
 
 
 if __name__ == '__main__':

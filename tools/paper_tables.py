@@ -18,10 +18,11 @@ import yaml
 from mmengine.config import Config
 
 from convmlp_mm.analysis.complexity import Complexity, measure_complexity
-from convmlp_mm.analysis.output import format_table, write_file
+from convmlp_mm.analysis.output import format_table
 from convmlp_mm.analysis.tradeoff import draw_tradeoff
 from convmlp_mm.apis import find_config
 from convmlp_mm.cli import one_line_errors
+from convmlp_mm.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = Path(__file__).with_suffix('.yml')
@@ -264,12 +265,12 @@ def main(argv: list[str] | None = None) -> None:
             raise FileNotFoundError(f'folder {str(args.out_dir)!r} does not exist')
         paper = read_paper()
         costs = {name: [count(row) for row in rows] for name, rows in paper.items()}
-    write_file(args.out_dir / 'efficiency.md', document(paper, costs))
+    write_file(args.out_dir / 'efficiency.md', document(paper, costs), True)
     figure = draw_tradeoff(paper['table_3'])
     for ending, metadata in (('png', {'Software': None}), ('svg', {'Date': None})):
         stream = io.BytesIO()
         figure.savefig(stream, format=ending, dpi=110, metadata=metadata)
-        write_file(args.out_dir / f'efficiency.{ending}', stream.getvalue())
+        write_file(args.out_dir / f'efficiency.{ending}', stream.getvalue(), True)
 
 
 if __name__ == '__main__':

@@ -2,11 +2,12 @@
 """Write the model-zoo tables of the README, which come from the metafiles."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import modelindex
+
+from convmlp_mm.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = '<!-- model zoo: written by tools/update_model_zoo.py -->\n'
@@ -72,9 +73,7 @@ def main() -> int:
     if args.check:
         print('README.md: run tools/update_model_zoo.py', file=sys.stderr)
         return 1
-    temporary = readme.with_suffix('.md.tmp')
-    temporary.write_text(new, encoding='utf-8')
-    os.replace(temporary, readme)
+    write_file(readme, new, overwrite=True)
     return 0
 
 

@@ -1,15 +1,12 @@
-"""Write tables and files."""
+"""Write tables."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
-__all__ = ['FORMATS', 'check_folder', 'format_table', 'write_file']
+__all__ = ['FORMATS', 'format_table']
 
 FORMATS = ('text', 'markdown', 'csv')
 
@@ -54,38 +51,3 @@ def format_table(
         for row in [header, *rows]
     ]
     return '\n'.join(lines) + '\n'
-
-
-def check_folder(path: str | Path) -> None:
-    """Check that the folder of a file to write is there, before any work.
-
-    Args:
-        path (str | Path): The file.
-
-    Raises:
-        FileNotFoundError: If its folder does not exist.
-    """
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f'folder {str(folder)!r} does not exist')
-
-
-def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write all of a file or nothing; what was there before is replaced.
-
-    Args:
-        path (str | Path): The file.
-        content (str | bytes): Text is written as UTF-8.
-    """
-    check_folder(path)
-    if isinstance(content, str):
-        content = content.encode()
-    file, temporary = tempfile.mkstemp(dir=Path(path).parent)
-    try:
-        with os.fdopen(file, 'wb') as stream:
-            stream.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -14,8 +14,6 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from published import draw_checkpoint
 
-from convmlp_mm import get_model
-
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 SHAPES = ROOT / 'configs' / 'quickstart' / 'retinanet_convmlp_s_shapes.py'
@@ -296,14 +294,6 @@ def test_load_from_takes_published_weights_and_refuses_others(shapes, tmp_path):
     assert done.returncode == 0, log[-2000:]
     assert f'RetinaNet: loaded 180 of 244 tensors from {weights}' in log
     assert 'skipped backbone.norm.weight, backbone.norm.bias, head.fc.weight' in log
-
-    # A detector in the layout of mmdetection 2.x.
-    state = get_model(str(SHAPES)).state_dict()
-    meta = dict(mmdet_version='2.14.0', CLASSES=('a', 'b'))
-    torch.save(dict(meta=meta, state_dict=state, optimizer={}), tmp_path / '2x.pth')
-    done = python('test.py', SHAPES, tmp_path / '2x.pth', *options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'RetinaNet: loaded 244 of 244 tensors' in done.stdout + done.stderr
 
     # What starts a training is not enough for a test.
     done = python('test.py', SHAPES, weights, *options)

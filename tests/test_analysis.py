@@ -144,12 +144,9 @@ def test_shape_that_is_none_is_refused(shape):
         measure('convmlp_s_imagenet', shape)
 
 
-def test_configuration_without_a_size_or_with_operators_of_mmcv_is_refused():
+def test_configuration_without_a_size_is_refused():
     with pytest.raises(ValueError, match='resnet18_8xb16_cifar10 does not say'):
         measure('mmpretrain::resnet/resnet18_8xb16_cifar10')
-    deformable = 'mmdet::dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco'
-    with pytest.raises(ValueError, match='cannot be counted .* without computing'):
-        measure(deformable, (64, 64))
 
 
 def test_measuring_leaves_the_configuration_alone():
@@ -335,3 +332,29 @@ def test_picture_in_the_document_is_small():
 def test_nothing_is_left_of_the_meta_device():
     measure('retinanet_convmlp_s', (64, 64))
     assert torch.empty(1).device.type == 'cpu'
+
+
+def test_operators_of_mmcv_are_run_and_counted():
+    plain, deformable = (
+        measure_complexity(find_config(f'mmdet::{name}_fpn_1x_coco'), (64, 64))
+        for name in (
+            'faster_rcnn/faster-rcnn_r50',
+            'dcnv2/faster-rcnn_r50-mdconv-c3-c5',
+        )
+    )
+    # What is new are 3x3 convolutions to 27 channels, for offsets and masks, in the
+    # blocks of the last three stages: blocks, channels and positions of each.
+    stages = ((4, 128, 64), (6, 256, 16), (3, 512, 4))
+    weights = sum(n * channels * 9 * 27 for n, channels, _ in stages)
+    macs = sum(n * channels * 9 * 27 * area for n, channels, area in stages)
+    outputs = sum(n * 27 * area for n, _, area in stages)
+    assert deformable.params - plain.params == weights + 27 * 13
+    assert deformable.macs - plain.macs == macs
+    assert deformable.activations - plain.activations == outputs
+
+
+@pytest.mark.parametrize('name', ['sparse_rcnn/sparse-rcnn', 'detr/detr'])
+def test_detectors_that_need_values_are_counted(name):
+    file = {'detr/detr': 'r50_8xb2-150e_coco'}.get(name, 'r50_fpn_1x_coco')
+    cost = measure_complexity(find_config(f'mmdet::{name}_{file}'), (64, 64))
+    assert cost.macs > 3e8 and cost.strides[-1] == 32

@@ -1,7 +1,8 @@
-"""Count what a configuration costs, without computing anything.
+"""Count what a configuration costs.
 
 Models are built and run on torch's meta device, where tensors have shapes and no
-values: seconds at any size, on any machine, and the same numbers everywhere.
+values: seconds at any size, on any machine, and the same numbers everywhere. The few
+that need values, as the operators of mmcv do, are run on the CPU.
 """
 
 from __future__ import annotations
@@ -86,8 +87,7 @@ def measure_complexity(
 
     Raises:
         ValueError: If the shape is not two positive numbers, if the model does
-            not take this shape, or if it cannot be run without computing, as with
-            operators of mmcv.
+            not take this shape, or if it cannot be run.
 
     Examples:
         ``measure_complexity(find_config('convmlp_s_imagenet')).macs`` is 2385327104.
@@ -103,7 +103,12 @@ def measure_complexity(
     try:
         macs, activations, maps = _run(model, shape)
     except Exception as error:  # each model fails in its own way
-        raise ValueError(_explain(model, cfg, name, shape, error)) from error
+        try:
+            # Operators of mmcv, and code that reads values, need real tensors.
+            real = build_model(cfg).requires_grad_(False)
+            macs, activations, maps = _run(real, shape, 'cpu')
+        except Exception:
+            raise ValueError(_explain(model, cfg, name, shape, error)) from error
     strides, channels = _describe(model, maps, shape)
     return Complexity(
         name=name,
@@ -185,15 +190,30 @@ def _build_on_meta(cfg: Config) -> BaseModel:
         return build_model(cfg).to('meta')
 
 
-def _run(model: BaseModel, shape: tuple[int, int]) -> tuple[int, int, object]:
+def _run(
+    model: BaseModel, shape: tuple[int, int], device: str = 'meta'
+) -> tuple[int, int, object]:
     """Return MACs, activations and what the backbone has handed on."""
-    maps = []
-    hook = None
+    from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
+
+    maps, deformed = [], []
+
+    def deform(module, args, output):
+        deformed.append((output.numel(), output.numel() * module.weight[0].numel()))
+
+    hooks = [
+        # torch's counter does not know mmcv's operators.
+        module.register_forward_hook(deform)
+        for module in model.modules()
+        if isinstance(module, (DeformConv2d, ModulatedDeformConv2d))
+    ]
     if getattr(model, 'backbone', None) is not None:
-        hook = model.backbone.register_forward_hook(
-            lambda module, args, output: maps.append(output)
+        hooks.append(
+            model.backbone.register_forward_hook(
+                lambda module, args, output: maps.append(output)
+            )
         )
-    x = torch.empty(1, 3, *shape, device='meta')
+    x = torch.zeros(1, 3, *shape, device=device)
 
     # The counter's own table of operators, with their outputs for their work.
     # mmengine's count of activations traces the model, which needs values.
@@ -208,21 +228,30 @@ def _run(model: BaseModel, shape: tuple[int, int]) -> tuple[int, int, object]:
         with torch.no_grad(), numels, flops:
             if model.cfg.default_scope == 'mmdet':
                 with _proposals_without_values(model):
-                    model(x, _data_samples(shape), mode='tensor')
+                    model(x, _data_samples(shape, device), mode='tensor')
             else:
                 model(x)
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
-    return flops.get_total_flops() // 2, numels.get_total_flops(), maps
+    macs = flops.get_total_flops() // 2 + sum(n for _, n in deformed)
+    activations = numels.get_total_flops() + sum(n for n, _ in deformed)
+    return macs, activations, maps
 
 
-def _data_samples(shape: tuple[int, int]) -> list:
+def _data_samples(shape: tuple[int, int], device: str) -> list:
     from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
 
     keys = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
     meta = dict.fromkeys(keys, shape)
-    return [DetDataSample(metainfo=dict(scale_factor=(1.0, 1.0), **meta))]
+    sample = DetDataSample(metainfo=dict(scale_factor=(1.0, 1.0), **meta))
+    # Some ask for objects outside of training too.
+    sample.gt_instances = InstanceData(
+        bboxes=torch.zeros(0, 4, device=device),
+        labels=torch.zeros(0, dtype=torch.long, device=device),
+    )
+    return [sample]
 
 
 @contextmanager
@@ -241,7 +270,7 @@ def _proposals_without_values(model: BaseModel) -> Iterator[None]:
 
         def predict(feats: tuple[Tensor], *args: object, **kwargs: object) -> list:
             rpn(feats)
-            boxes = torch.empty(settings.max_per_img, 4, device='meta')
+            boxes = feats[0].new_zeros(settings.max_per_img, 4)
             return [InstanceData(bboxes=boxes)]
 
         rpn.predict = predict
@@ -263,7 +292,7 @@ def _extract_nothing(
 ) -> Tensor:
     """Stand in for RoIAlign, which only interpolates."""
     size = _pair(extractor.roi_layers[0].output_size)
-    return feats[0].new_empty(len(rois), extractor.out_channels, *size)
+    return feats[0].new_zeros(len(rois), extractor.out_channels, *size)
 
 
 def _describe(
@@ -315,8 +344,8 @@ def _explain(
                 f'({_first_line(error)})'
             )
     return (
-        f'{name} cannot be counted at {height} x {width} pixels (height x width) '
-        f'without computing: {_first_line(error)}'
+        f'{name} cannot be counted at {height} x {width} pixels (height x width): '
+        f'{_first_line(error)}'
     )
 
 

@@ -16,14 +16,21 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
 from .checkpoint_io import read_checkpoint
-from .weights import load_model_weights
+from .weights import fit_checkpoint
 from .zoo import SCOPE, config_path, published_weights
 
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
     from mmengine.model import BaseModel
 
-__all__ = ['build_model', 'find_config', 'get_inferencer', 'get_model']
+__all__ = [
+    'build_model',
+    'find_config',
+    'get_inferencer',
+    'get_model',
+    'load_weights',
+    'mim_folder',
+]
 
 TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
 
@@ -61,15 +68,29 @@ def find_config(name: str | Config) -> Config:
     return Config.fromfile(config_path(rest))
 
 
-def _toolkit_config(scope: str, name: str) -> str:
-    """Find a configuration of a toolkit.
+def mim_folder(scope: str) -> Path:
+    """Find the configurations and metafiles that a toolkit carries.
 
     mmengine's own way asks for the distribution of the original stack.
+
+    Args:
+        scope (str): The toolkit.
+
+    Returns:
+        Path: The folder ``.mim`` in the package.
+
+    Raises:
+        ImportError: If it is not installed.
     """
     spec = util.find_spec(scope)
     if spec is None:
         raise ImportError(f'{scope} is not installed')
-    configs = Path(spec.origin).parent / '.mim' / 'configs'
+    return Path(spec.origin).parent / '.mim'
+
+
+def _toolkit_config(scope: str, name: str) -> str:
+    """Find a configuration of a toolkit."""
+    configs = mim_folder(scope) / 'configs'
     path = configs / f'{name.removesuffix(".py")}.py'
     if not path.is_file():
         folder = configs / Path(name).parent
@@ -197,7 +218,7 @@ def get_model(
     cfg.merge_from_dict(dict(model=changes))
     model = build_model(cfg)
     if weights is not None:
-        _load(model, weights, skip_heads=True)
+        load_weights(model, weights)
     return model.to(device or 'cpu')
 
 
@@ -235,7 +256,7 @@ def get_inferencer(
 
         model = build_model(cfg)
         if weights is not None:
-            _load(model, weights, skip_heads=False)
+            load_weights(model, weights, skip_heads=False)
         model.to(device)
         with DefaultScope.overwrite_default_scope(scope):
             return ImageClassificationInferencer(model)
@@ -262,7 +283,7 @@ def get_inferencer(
     # The visualizer shares this dict.
     inferencer.model.dataset_meta.update(meta)
     if weights is not None:
-        _load(inferencer.model, weights, skip_heads=False)
+        load_weights(inferencer.model, weights, skip_heads=False)
     return inferencer
 
 
@@ -272,17 +293,40 @@ def _find_weights(name: str | Config, wanted: bool | str) -> str | None:
     return published_weights(name) if wanted is True else wanted or None
 
 
-def _load(model: BaseModel, weights: str, skip_heads: bool) -> None:
-    message = load_model_weights(model, weights, skip_heads=skip_heads)
+def load_weights(
+    model: BaseModel, weights: str, partial: bool = False, skip_heads: bool = True
+) -> None:
+    """Load a checkpoint into a classifier, detector or segmentor, or nothing.
+
+    A line in the log says how many tensors matched and what was skipped.
+
+    Args:
+        model (BaseModel): See :func:`build_model`. If its configuration does
+            not name the classes, ``dataset_meta`` gets the names in the file.
+        weights (str): Path or URL, see
+            :func:`convmlp_mm.checkpoint_io.read_checkpoint`.
+        partial (bool): See :func:`convmlp_mm.weights.fit_checkpoint`. Defaults
+            to False.
+        skip_heads (bool): Likewise. Defaults to True.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is no file of weights, or does not fit.
+    """
+    checkpoint = read_checkpoint(weights)
+    state_dict, message = fit_checkpoint(
+        model, checkpoint, weights, partial, skip_heads
+    )
+    # Not strict only for what has been found to be missing rightly.
+    model.load_state_dict(state_dict, strict=False)
     print_log(message, logger='current')
     # Else a Runner that is given the model initialises it once more.
     model._is_init = True
     if not model.dataset_meta.get('classes'):
         # Of a data set that finds its classes in the data: the Runner saves them.
-        meta = read_checkpoint(weights).get('meta') or {}
-        classes = (meta.get('dataset_meta') or {}).get('classes')
-        if classes:
-            model.dataset_meta['classes'] = classes
+        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        if meta.get('classes'):
+            model.dataset_meta['classes'] = meta['classes']
 
 
 def _palette(classes: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ __all__ = [
     'list_images',
     'name_outputs',
     'predict',
-    'read_size',
+    'read_whole_image',
 ]
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
@@ -64,14 +64,14 @@ def list_images(path: str | os.PathLike) -> list[str]:
     return sorted(str(p) for p in found)
 
 
-def read_size(path: str) -> tuple[int, int]:
-    """Check that an image can be read to its end.
+def read_whole_image(path: str) -> np.ndarray:
+    """Read an image as the toolkits do, if it can be read to its end.
 
     Args:
         path (str): The image.
 
     Returns:
-        tuple[int, int]: Height and width in pixels, as the toolkits see it.
+        np.ndarray: (H, W, 3), blue first, uint8.
 
     Raises:
         OSError: If it cannot.
@@ -82,7 +82,7 @@ def read_size(path: str) -> tuple[int, int]:
     pixels = mmcv.imread(path)
     if pixels is None:
         raise OSError(f'OpenCV cannot read {path}')
-    return pixels.shape[:2]
+    return pixels
 
 
 def predict(

@@ -22,7 +22,6 @@ __all__ = [
     'extract_backbone',
     'fit_checkpoint',
     'load_backbone_weights',
-    'load_model_weights',
     'name_as_model',
     'to_mm_layout',
     'to_published_layout',
@@ -116,40 +115,6 @@ def load_backbone_weights(
         model, found, model.state_dict(), checkpoint, _is_expected_extra
     )
     # Not strict only for what the comparison has let through.
-    model.load_state_dict(loaded, strict=False)
-    return message
-
-
-def load_model_weights(
-    model: nn.Module,
-    checkpoint: str | os.PathLike,
-    map_location: str | torch.device = 'cpu',
-    skip_heads: bool = True,
-) -> str:
-    """Load a checkpoint into a classifier, detector or segmentor, or nothing.
-
-    Args:
-        model (nn.Module): A model of mmpretrain, mmdet or mmseg with ConvMLP
-            as its ``backbone``.
-        checkpoint (str | PathLike): See :func:`.read_checkpoint`. What it may
-            hold is described at :func:`fit_checkpoint`.
-        map_location (str | torch.device): See :func:`.read_checkpoint`.
-        skip_heads (bool): See :func:`fit_checkpoint`. Defaults to True.
-
-    Returns:
-        str: One line that says how many tensors matched and what was skipped.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: See :func:`fit_checkpoint`; and if the file lacks any
-            tensor of the model.
-    """
-    loaded, message = fit_checkpoint(
-        model,
-        read_checkpoint(checkpoint, map_location),
-        checkpoint,
-        skip_heads=skip_heads,
-    )
     model.load_state_dict(loaded, strict=False)
     return message
 

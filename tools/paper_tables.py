@@ -98,7 +98,7 @@ def table_3(rows: list[dict], costs: list[Complexity | None]) -> str:
             if cost is None:
                 missing.append(f'- {row["name"]}: {row["missing"]}')
             lines.append(classifier(row, cost, mark))
-        parts.append(f'{title}:\n\n{format_table(header, lines, "markdown", 2)}')
+        parts.append(f'{title}:\n\n{format_table(header, lines, "markdown", (0, 1))}')
     parts.append('Notes:\n\n' + '\n'.join(notes) + '\n')
     parts.append(
         'Rows that none of these libraries can build, so that nothing was counted:\n\n'

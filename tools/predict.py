@@ -26,7 +26,7 @@ from convmlp_mm.predict import (
     list_images,
     name_outputs,
     predict,
-    read_size,
+    read_whole_image,
 )
 from convmlp_mm.zoo import published_weights
 
@@ -65,7 +65,7 @@ def batches(images: list[str], batch_size: int, mixed: bool, skip):
     batch, sizes = [], []
     for image in images:
         try:
-            size = read_size(image)
+            size = read_whole_image(image).shape[:2]
         # Pillow raises what it likes for broken files.
         except Exception as error:
             skip(image, error)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import modelindex
 
+from convmlp_mm.analysis.output import format_table
 from convmlp_mm.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +51,10 @@ def table(name: str, models: list) -> str:
         row['files'] = f'[config]({model.config}), [weights]({model.weights})'
         rows.append(row)
     header = list(rows[0])
-    # Text to the left, figures to the right.
-    rule = ['---' if key in ('model', 'data', 'files') else '---:' for key in header]
-    cells = [header, rule, *[list(row.values()) for row in rows]]
-    lines = [f'| {" | ".join(row)} |' for row in cells]
+    left = [i for i, key in enumerate(header) if key in ('model', 'data', 'files')]
+    lines = format_table(header, [list(row.values()) for row in rows], 'markdown', left)
     source = models[0].data['Reported By']
-    return f'### {name}\n\nMetrics: {source}.\n\n' + '\n'.join(lines) + '\n'
+    return f'### {name}\n\nMetrics: {source}.\n\n{lines}'
 
 
 def main() -> int:

@@ -7,22 +7,18 @@ import io
 import os.path as osp
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mmcv
 import numpy as np
 import torch
 from mmengine import fileio
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..apis import TOOLKITS, find_config, get_model
-from ..checkpoint_io import hash_file, locate_checkpoint, read_checkpoint
+from ..apis import TOOLKITS, find_config, get_model, load_weights, mim_folder
+from ..checkpoint_io import hash_file, locate_checkpoint
 from ..files import check_output, write_file
-from ..predict import read_size
-from ..weights import fit_checkpoint
+from ..predict import read_whole_image
 from ..zoo import SCOPE, published_weights
 
 if TYPE_CHECKING:
@@ -164,9 +160,8 @@ def _published(name: str) -> str:
     """Find the published weights of any model that :func:`find_config` knows."""
     scope, _, rest = name.rpartition('::')
     if scope in TOOLKITS:
-        mim = Path(util.find_spec(scope).origin).parent / '.mim'
         config = f'configs/{rest.removesuffix(".py")}.py'
-        for metafile in (mim / config).parent.glob('metafile.y*ml'):
+        for metafile in (mim_folder(scope) / config).parent.glob('metafile.y*ml'):
             for model in fileio.load(metafile)['Models']:
                 if model.get('Config') == config and model.get('Weights'):
                     return model['Weights']
@@ -221,21 +216,11 @@ def _load_model(
     model.requires_grad_(False)
     if weights is None:
         return StatedModel(name, model, f'random weights (seed {seed})', True)
-    checkpoint = read_checkpoint(weights)
-    expected = model.state_dict()
     # Without such names nothing would tell the backbone from the rest.
-    partial = not need_head and any(key.startswith('backbone.') for key in expected)
-    found, _ = fit_checkpoint(model, checkpoint, weights, partial)
-    absent = [key for key in expected if key not in found]
-    if need_head and absent:
-        raise ValueError(
-            f'weights {weights!r} do not have the classes of {config}: {absent[0]} '
-            f'must have shape {tuple(expected[absent[0]].shape)}'
-        )
-    model.load_state_dict(found, strict=False)
-    # A configuration of an image folder does not name them; the Runner's file does.
-    meta = checkpoint.get('meta') or {}
-    model.dataset_meta = {**(meta.get('dataset_meta') or {}), **model.dataset_meta}
+    partial = not need_head and any(
+        k.startswith('backbone.') for k in model.state_dict()
+    )
+    load_weights(model, weights, partial, skip_heads=not need_head)
     path = locate_checkpoint(weights)
     digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
     statement = f'weights: {osp.basename(weights)}{digest}'
@@ -258,11 +243,10 @@ def read_image(path: str) -> np.ndarray:
     if not osp.isfile(path):
         raise FileNotFoundError(f'image {path!r} does not exist')
     try:
-        read_size(path)
+        return read_whole_image(path)
     # Pillow raises what it likes for broken files.
     except Exception as error:
         raise ValueError(f'image {path!r} cannot be read: {error}') from error
-    return mmcv.imread(path)
 
 
 def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

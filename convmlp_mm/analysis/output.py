@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 __all__ = ['FORMATS', 'format_table']
 
@@ -15,7 +15,7 @@ def format_table(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
     style: str = 'text',
-    left: int = 1,
+    left: Collection[int] = (0,),
 ) -> str:
     """Format a table.
 
@@ -24,8 +24,8 @@ def format_table(
         rows (Sequence[Sequence[str]]): Cells, as many in each row as in the header.
         style (str): ``'text'`` (columns of one width), ``'markdown'`` or
             ``'csv'``. Defaults to ``'text'``.
-        left (int): How many columns are words, which stand to the left; figures
-            stand to the right. Defaults to 1.
+        left (Collection[int]): Columns of words, which stand to the left; figures
+            stand to the right. Defaults to ``(0,)``.
 
     Returns:
         str: Lines, each with its end.
@@ -40,12 +40,12 @@ def format_table(
         csv.writer(stream, lineterminator='\n').writerows([header, *rows])
         return stream.getvalue()
     if style == 'markdown':
-        rule = ['---' if i < left else '---:' for i in range(len(header))]
+        rule = ['---' if i in left else '---:' for i in range(len(header))]
         return ''.join(f'| {" | ".join(row)} |\n' for row in [header, rule, *rows])
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [
         '  '.join(
-            cell.ljust(width) if i < left else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in [header, *rows]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Count parameters, multiply-accumulates and activations of configurations.
 
-Nothing is computed: the models have no values, only shapes. Parameters are in
-millions, multiply-accumulates (MACs) of convolutions and matrix products in 1e9,
+The models have no values, only shapes; the few that need values, as the operators of
+mmcv do, are run on the CPU. Parameters are in millions, multiply-accumulates (MACs) of convolutions and matrix products in 1e9,
 activations (elements of their outputs) in millions; CSV has the whole numbers.
 """
 

@@ -2,8 +2,9 @@
 """Count parameters, multiply-accumulates and activations of configurations.
 
 The models have no values, only shapes; the few that need values, as the operators of
-mmcv do, are run on the CPU. Parameters are in millions, multiply-accumulates (MACs) of convolutions and matrix products in 1e9,
-activations (elements of their outputs) in millions; CSV has the whole numbers.
+mmcv do, are run on the CPU. Parameters are in millions, multiply-accumulates (MACs)
+of convolutions and matrix products in 1e9, activations (elements of their outputs) in
+millions; CSV has the whole numbers.
 """
 
 import argparse

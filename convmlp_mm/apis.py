@@ -6,6 +6,7 @@ import copy
 import math
 import os.path as osp
 import warnings
+from collections import Counter
 from importlib import import_module, util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from .zoo import SCOPE, config_path, published_weights
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
     from mmengine.model import BaseModel
+    from torch import nn
 
 __all__ = [
     'build_model',
@@ -30,6 +32,7 @@ __all__ = [
     'get_model',
     'load_weights',
     'mim_folder',
+    'switch_to_deploy',
 ]
 
 TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
@@ -327,6 +330,46 @@ def load_weights(
         meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
         if meta.get('classes'):
             model.dataset_meta['classes'] = meta['classes']
+
+
+def switch_to_deploy(model: nn.Module) -> None:
+    """Fold each BN that can be folded into the convolution before it.
+
+    Those of backbones that say how (``switch_to_deploy``, as :class:`ConvMLP` and
+    RepVGG), and those of mmcv's ``ConvModule`` in necks and heads, but for
+    convolutions that several norms share. Others stay, since only their order in
+    ``forward`` tells what they follow. Outputs stay, to rounding.
+
+    Args:
+        model (nn.Module): A model, for inference only; changed in place and put
+            into evaluation mode. The way back is to build it again.
+
+    Examples:
+        ``switch_to_deploy(get_model('retinanet_convmlp_s', 'last.pth'))``
+    """
+    from mmcv.cnn import ConvModule, fuse_conv_bn
+    from torch.nn import Conv2d
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    model.eval()
+    modules = list(model.modules())
+    for module in modules:
+        if module is not model and hasattr(module, 'switch_to_deploy'):
+            module.switch_to_deploy()
+    # One that is registered in several places may be followed by several norms.
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    for module in modules:
+        if (
+            isinstance(module, ConvModule)
+            and type(module.conv) is Conv2d
+            and module.order[:2] == ('conv', 'norm')
+            and module.with_norm
+            and isinstance(module.norm, _BatchNorm)
+            and module.norm.affine
+            and module.norm.track_running_stats
+            and uses[id(module.conv)] == uses[id(module)] == 1
+        ):
+            fuse_conv_bn(module)
 
 
 def _palette(classes: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import fuse_conv_bn
 from mmcv.cnn.bricks import DropPath, build_activation_layer, build_norm_layer
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -680,6 +681,38 @@ class ConvMLP(BaseModule):
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, init_info=message)
         self.is_init = True
+
+    def switch_to_deploy(self) -> None:
+        """Fold each BN into the convolution before it, for inference.
+
+        Outputs stay, to rounding; the module is put into evaluation mode. The way
+        back is a new model: the names of the weights change with the layers. The
+        method is called as that of mmpretrain's backbones, whose tools call it.
+
+        Raises:
+            ValueError: If a BN has no statistics or no weights to fold.
+
+        Examples:
+            >>> import torch
+            >>> from convmlp_mm import ConvMLP
+            >>> model = ConvMLP(arch='s').eval()
+            >>> x = torch.rand(1, 3, 64, 64)
+            >>> with torch.no_grad():
+            ...     before = model(x)[-1]
+            ...     model.switch_to_deploy()
+            ...     print(torch.allclose(model(x)[-1], before, atol=1e-5))
+            True
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, _BatchNorm) and (
+                module.running_var is None or module.weight is None
+            ):
+                raise ValueError(
+                    'only BN with running statistics and weights folds into a '
+                    f'convolution, but {name} is {module}'
+                )
+        self.eval()
+        fuse_conv_bn(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute feature maps.

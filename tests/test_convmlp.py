@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from published import (
     DATA,
     assert_summary_equal,
+    draw,
     draw_checkpoint,
     draw_image,
     published_forward,
@@ -418,6 +419,32 @@ def test_norm_cfg_freezes_and_exchanges_norms():
         isinstance(m, nn.GroupNorm)
         for m in tiny(norm_cfg=dict(type='GN', num_groups=4)).modules()
     )
+
+
+@pytest.mark.parametrize('switches', [{}, PURE_MLP, dict(norm_cfg=dict(type='SyncBN'))])
+def test_folded_norms_leave_no_trace_but_the_outputs(switches):
+    model = tiny(final_norm=True, frozen_stages=0, **switches)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(draw(name, buffer.shape))
+    x = torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        before = revert_sync_batchnorm(copy.deepcopy(model)).eval()(x)
+        model.switch_to_deploy()
+        after = model(x)
+    assert not any(isinstance(m, _BatchNorm) for m in model.modules())
+    assert not model.training
+    for a, b in zip(before, after):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_without_statistics_or_weights_do_not_fold():
+    for switch in ('affine', 'track_running_stats'):
+        model = tiny(norm_cfg={'type': 'BN', switch: False})
+        with pytest.raises(
+            ValueError, match=rf'tokenizer\.block\.1 is .*{switch}=False'
+        ):
+            model.switch_to_deploy()
+        assert any(isinstance(m, _BatchNorm) for m in model.modules())
 
 
 def test_act_cfgs_reach_convolutions_and_mlps():

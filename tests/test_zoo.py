@@ -9,13 +9,16 @@ import modelindex
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry
 from PIL import Image
-from published import draw_checkpoint, draw_image, published_forward
+from published import draw, draw_checkpoint, draw_image, published_forward
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 
 import convmlp_mm
 from convmlp_mm.analysis.complexity import measure_complexity
-from convmlp_mm.apis import build_model, find_config
+from convmlp_mm.apis import build_model, find_config, switch_to_deploy
 from convmlp_mm.lazy import register_lazily
 from convmlp_mm.zoo import open_scope
 
@@ -357,3 +360,28 @@ def test_name_that_somebody_else_has_taken_is_not_taken_over():
     registry.register_module(name='ConvMLP', module=dict)
     with pytest.raises(KeyError, match='ConvMLP is already registered'):
         register_lazily(registry, 'ConvMLP', '.convmlp')
+
+
+@pytest.mark.parametrize(
+    ('name', 'kept'),
+    [
+        ('semantic_fpn_convmlp_s', 0),
+        # One convolution is followed by a norm of its own at each of five levels.
+        ('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 12),
+    ],
+)
+def test_a_model_is_folded_where_each_norm_has_its_own_convolution(name, kept):
+    model = revert_sync_batchnorm(build_model(find_config(name))).eval()
+    for key, buffer in model.named_buffers():
+        if 'running' in key:
+            buffer.copy_(draw(key, buffer.shape))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = tree_flatten(model(x))[0]
+        switch_to_deploy(model)
+        after = tree_flatten(model(x))[0]
+    assert sum(isinstance(m, _BatchNorm) for m in model.modules()) == kept
+    for a, b in zip(before, after):
+        scale = max(1, b.abs().max())
+        assert (a - b).abs().max() <= 1e-5 * scale
+        assert not torch.equal(a, b)

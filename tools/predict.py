@@ -17,7 +17,7 @@ import cv2
 from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
-from convmlp_mm.apis import find_config
+from convmlp_mm.apis import find_config, switch_to_deploy
 from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.files import check_output, write_file
 from convmlp_mm.predict import (
@@ -105,6 +105,7 @@ def main() -> int:
         if weights == 'published':
             weights = published_weights(args.config)
         inferencer = get_inferencer(cfg, weights, args.device)
+        switch_to_deploy(inferencer.model)
         os.makedirs(args.out, exist_ok=True)
     root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
     names = name_outputs(images, root)

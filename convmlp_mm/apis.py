@@ -52,16 +52,26 @@ def find_config(name: str | Config) -> Config:
         Config: The configuration.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If there is none of this name, or if it has no model.
         ImportError: If the toolkit or timm is not installed.
     """
     if isinstance(name, Config):
         return name
+    cfg = _read_config(name)
+    if cfg.get('model') is None:
+        raise ValueError(f'the configuration {name!r} has no model')
+    return cfg
+
+
+def _read_config(name: str) -> Config:
     scope, colons, rest = name.rpartition('::')
     if colons and scope == 'timm':
         return _timm_config(rest)
     if colons and scope in TOOLKITS:
-        return Config.fromfile(_toolkit_config(scope, rest))
+        cfg = Config.fromfile(_toolkit_config(scope, rest))
+        # Files of a backbone alone do not inherit it.
+        cfg.setdefault('default_scope', scope)
+        return cfg
     if colons and scope != SCOPE:
         known = ', '.join(f'{s}::' for s in (SCOPE, *TOOLKITS, 'timm'))
         raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
@@ -183,7 +193,9 @@ def build_model(cfg: Config) -> BaseModel:
     if scope == 'mmpretrain':
         # Where its inferencers look.
         model._config, model._dataset_meta = cfg, model.dataset_meta
-    return model.eval()
+    # What it returns is forgotten by mmdet's LAD.
+    model.eval()
+    return model
 
 
 def get_model(

@@ -9,14 +9,16 @@ import pytest
 import torch
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
+from mmcv.ops.carafe import CARAFEPack
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
 from convmlp_mm.analysis.complexity import default_shape, measure_complexity
+from convmlp_mm.analysis.dry_run import Counted
 from convmlp_mm.analysis.output import format_table
 from convmlp_mm.analysis.tradeoff import draw_tradeoff
-from convmlp_mm.apis import find_config
+from convmlp_mm.apis import find_config, mim_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,9 +146,27 @@ def test_shape_that_is_none_is_refused(shape):
         measure('convmlp_s_imagenet', shape)
 
 
-def test_configuration_without_a_size_is_refused():
-    with pytest.raises(ValueError, match='resnet18_8xb16_cifar10 does not say'):
-        measure('mmpretrain::resnet/resnet18_8xb16_cifar10')
+@pytest.mark.parametrize(
+    ('name', 'shape'),
+    [
+        # The test pipeline leaves the size alone.
+        ('resnet/resnet18_8xb16_cifar10', (32, 32)),
+        # Two crops of 224 and six of 96 pixels, and no test.
+        ('swav/swav_resnet50_8xb32-mcrop-coslr-200e_in1k-224px-96px', (224, 224)),
+        # The first scale is of areas.
+        ('beit/beit_beit-base-p16_8xb256-amp-coslr-300e_in1k', (224, 224)),
+        # A backbone alone.
+        ('sam/vit-base-p16_sam_headless', (1024, 1024)),
+        ('riformer/riformer-s12_8xb128_in1k', (224, 224)),
+    ],
+)
+def test_size_is_found_where_nothing_is_tested(name, shape):
+    assert default_shape(find_config(f'mmpretrain::{name}.py')) == shape
+
+
+def test_configuration_without_a_model_is_refused():
+    with pytest.raises(ValueError, match="'mmpretrain::_base_/default_.*' has no mod"):
+        find_config('mmpretrain::_base_/default_runtime.py')
 
 
 def test_measuring_leaves_the_configuration_alone():
@@ -327,6 +347,68 @@ def test_tables_and_picture_are_written_the_same_twice(costs, tmp_path, monkeypa
 def test_picture_in_the_document_is_small():
     assert (ROOT / 'docs' / 'efficiency.png').stat().st_size < 200_000
     assert '<dc:date>' not in (ROOT / 'docs' / 'efficiency.svg').read_text()
+
+
+@pytest.mark.parametrize(
+    ('name', 'strides'),
+    [
+        # Its head only predicts.
+        ('mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512', (4, 8, 16, 32)),
+        # Boxes come from outside.
+        ('mmdet::fast_rcnn/fast-rcnn_r50_fpn_1x_coco', (4, 8, 16, 32)),
+        # A teacher and a student.
+        ('mmdet::soft_teacher/soft-teacher_*_180k_semi-0.01-coco', (4, 8, 16, 32)),
+        # A detector and a network that tells persons apart.
+        (
+            'mmdet::deepsort/deepsort_*_8xb2-4e_mot17train_test-mot17test',
+            (4, 8, 16, 32),
+        ),
+        # mmcv's SyncBN asks for its group when it is built.
+        ('mmdet::simple_copy_paste/mask-rcnn_*-90k_coco', (4, 8, 16, 32)),
+        # An operator that the CPU lacks.
+        ('mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco', (4, 8, 16, 32)),
+        ('mmpretrain::simclr/simclr_resnet50_16xb256-coslr-200e_in1k', (32,)),
+        # One channel.
+        ('mmpretrain::lenet/lenet5_mnist', ()),
+    ],
+)
+def test_models_that_are_unlike_detectors_and_classifiers_are_counted(name, strides):
+    scope, _, pattern = name.partition('::')
+    folder = mim_folder(scope) / 'configs'
+    (path, *_) = sorted(folder.glob(f'{pattern}.py'))
+    cfg = find_config(f'{scope}::{path.relative_to(folder)}')
+    cost = measure_complexity(cfg, None if strides in ((), (32,)) else (64, 64))
+    assert cost.strides == strides
+    assert 0 < cost.trainable <= cost.params
+    assert cost.macs > cost.activations > 0
+
+
+def test_given_boxes_save_a_detector_only_the_proposals():
+    faster, fast = (
+        measure_complexity(find_config(f'mmdet::{name}_r50_fpn_1x_coco.py'), (64, 64))
+        for name in ('faster_rcnn/faster-rcnn', 'fast_rcnn/fast-rcnn')
+    )
+    # A 3x3 convolution and two of 1x1, for 3 anchors at each position of 5 levels.
+    positions = sum(side**2 for side in (16, 8, 4, 2, 1))
+    weights = 256 * 256 * 9 + 256 * 3 * (1 + 4)
+    assert faster.params - fast.params == weights + 256 + 15
+    assert faster.macs - fast.macs == weights * positions
+
+
+def test_reassembling_upsampling_is_counted():
+    pack = CARAFEPack(8, 2, up_kernel=5, compressed_channels=4).to('meta')
+    counted = Counted()
+    with counted.operators(pack), torch.no_grad():
+        y = pack(torch.zeros(1, 8, 6, 4, device='meta'))
+    assert y.shape == (1, 8, 12, 8)
+    assert counted.activations == y.numel()
+    assert counted.macs == y.numel() * 25
+
+
+def test_model_that_cannot_be_built_is_refused_by_its_name():
+    cfg = Config(dict(model=dict(type='Nothing'), default_scope='mmdet'))
+    with pytest.raises(ValueError, match='^a new one cannot be built: .*Nothing'):
+        measure_complexity(cfg, (64, 64), 'a new one')
 
 
 def test_nothing_is_left_of_the_meta_device():

@@ -1,35 +1,36 @@
 """Count what a configuration costs.
 
-Models are built and run on torch's meta device, where tensors have shapes and no
-values: seconds at any size, on any machine, and the same numbers everywhere. The few
-that need values, as the operators of mmcv do, are run on the CPU.
+Models are run without values, see :mod:`convmlp_mm.analysis.dry_run`: the same numbers
+everywhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from mmengine.config import Config
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from ..apis import build_model
+from .dry_run import Costs, build_for_dry_run, dry_run
 
 if TYPE_CHECKING:
     from mmengine.model import BaseModel
-    from torch import Tensor
 
 __all__ = ['Complexity', 'default_shape', 'measure_complexity']
 
 # Steps of a test pipeline that decide the size.
 CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
+# Those of a training pipeline.
+TRAINING_CROPS = (
+    'RandomCrop',
+    'RandomResizedCrop',
+    'EfficientNetRandomCrop',
+    'RandomResizedCropAndInterpolationWithTwoPic',
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def measure_complexity(
     auxiliary heads and post-processing. The proposals of two-stage detectors
     depend on the picture; as in mmdet's own ``get_flops``, there are as many as
     ``test_cfg.rpn.max_per_img`` keeps (1000), of which the mask head of
-    Mask R-CNN sees 100.
+    Mask R-CNN sees 100. Models whose head has no such pass are run in the mode
+    ``'predict'``. Of a tracker, the detector is run.
 
     Args:
         cfg (Config): Of mmpretrain (also with a classifier of timm), mmdet or
@@ -87,7 +89,7 @@ def measure_complexity(
 
     Raises:
         ValueError: If the shape is not two positive numbers, if the model does
-            not take this shape, or if it cannot be run.
+            not take this shape, or if it cannot be built or run.
 
     Examples:
         ``measure_complexity(find_config('convmlp_s_imagenet')).macs`` is 2385327104.
@@ -99,24 +101,19 @@ def measure_complexity(
             f'the shape must be height and width in pixels, both above 0, but got '
             f'{shape}'
         )
-    model = _build_on_meta(cfg)
     try:
-        macs, activations, maps = _run(model, shape)
+        model = build_for_dry_run(cfg)
     except Exception as error:  # each model fails in its own way
-        try:
-            # Operators of mmcv, and code that reads values, need real tensors.
-            real = build_model(cfg).requires_grad_(False)
-            macs, activations, maps = _run(real, shape, 'cpu')
-        except Exception:
-            raise ValueError(_explain(model, cfg, name, shape, error)) from error
-    strides, channels = _describe(model, maps, shape)
+        raise ValueError(f'{name} cannot be built: {_first_line(error)}') from error
+    costs = _run(model, cfg, name, shape)
+    strides, channels = _describe(model, costs.maps, shape)
     return Complexity(
         name=name,
         shape=shape,
         params=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        macs=macs,
-        activations=activations,
+        macs=costs.macs,
+        activations=costs.activations,
         strides=strides,
         channels=channels,
     )
@@ -132,43 +129,48 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         tuple[int, int]: Height and width in pixels: the crop of the test pipeline
         (classification); 800x1280 for what is resized to 1333x800, as in the
         tables of mmdet, else the size that the test pipeline resizes to
-        (detection); the crop of the training (segmentation).
-
-    Raises:
-        ValueError: If the configuration does not say.
+        (detection); the crop of the training (segmentation). Where nothing is
+        tested, the largest crop of the training, then the ``img_size`` of the
+        backbone, then 224.
     """
-    shape = _usual_shape(cfg)
-    if shape is None:
-        raise ValueError(
-            f'the configuration of {_name(cfg)} does not say which size it is tested '
-            'at; give the shape'
-        )
-    return shape
-
-
-def _usual_shape(cfg: Config) -> tuple[int, int] | None:
     scope = cfg.get('default_scope')
-    preprocessor = cfg.get('data_preprocessor') or cfg.model.get('data_preprocessor')
     if scope == 'mmseg':
+        preprocessor = cfg.get('data_preprocessor') or cfg.model.get(
+            'data_preprocessor'
+        )
         size = (preprocessor or {}).get('size') or cfg.get('crop_size')
-        return size and _pair(size)
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+        if size:
+            return _pair(size)
+    sizes = list(_sizes(_pipeline(cfg, 'test_dataloader'), CROPS))
+    if scope == 'mmdet':
+        # Resize of mmdet has the width first.
+        size = sizes[-1][::-1] if sizes else (800, 1333)
+        return (800, 1280) if size == (800, 1333) else size
+    if sizes:
+        return sizes[-1]
+    sizes = list(_sizes(_pipeline(cfg, 'train_dataloader'), TRAINING_CROPS))
+    backbone = cfg.model.get('backbone') or {}
+    return max(sizes, default=_pair(backbone.get('img_size') or 224))
+
+
+def _pipeline(cfg: Config, dataloader: str) -> list:
+    dataset = (cfg.get(dataloader) or {}).get('dataset') or {}
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset['dataset']
-    sizes = [
-        # Resize of mmdet has the width first.
-        _pair(step['scale'])[::-1]
-        if scope == 'mmdet'
-        else _pair(step['scale'])
-        if 'scale' in step
-        else _pair(step['crop_size'])
-        for step in dataset.get('pipeline') or []
-        if step['type'].rpartition('.')[2] in CROPS
-        and ('scale' in step or 'crop_size' in step)
-    ]
-    if scope == 'mmdet' and (not sizes or sizes[-1] == (800, 1333)):
-        return 800, 1280
-    return sizes[-1] if sizes else None
+    return dataset.get('pipeline') or []
+
+
+def _sizes(node: object, kinds: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Find the sizes that the steps of a pipeline make, those of views too."""
+    if isinstance(node, dict):
+        kind = str(node.get('type')).rpartition('.')[2]
+        given = [node[k] for k in ('size', 'crop_size', 'scale') if k in node]
+        if kind in kinds and given:
+            yield _pair(given[0])
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _sizes(child, kinds)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -180,126 +182,27 @@ def _name(cfg: Config) -> str:
     return file or cfg.model.get('model_name') or cfg.model.type
 
 
-def _build_on_meta(cfg: Config) -> BaseModel:
-    try:
-        with torch.device('meta'):
-            # Again, since the old constructor torch.Tensor ignores the device.
-            return build_model(cfg).to('meta')
-    except (NotImplementedError, RuntimeError):
-        # Some read values while they are built, such as rates of stochastic depth.
-        return build_model(cfg).to('meta')
-
-
-def _run(
-    model: BaseModel, shape: tuple[int, int], device: str = 'meta'
-) -> tuple[int, int, object]:
-    """Return MACs, activations and what the backbone has handed on."""
-    from mmcv.ops import DeformConv2d, ModulatedDeformConv2d
-
-    maps, deformed = [], []
-
-    def deform(module, args, output):
-        deformed.append((output.numel(), output.numel() * module.weight[0].numel()))
-
-    hooks = [
-        # torch's counter does not know mmcv's operators.
-        module.register_forward_hook(deform)
-        for module in model.modules()
-        if isinstance(module, (DeformConv2d, ModulatedDeformConv2d))
-    ]
-    if getattr(model, 'backbone', None) is not None:
-        hooks.append(
-            model.backbone.register_forward_hook(
-                lambda module, args, output: maps.append(output)
-            )
-        )
-    x = torch.zeros(1, 3, *shape, device=device)
-
-    # The counter's own table of operators, with their outputs for their work.
-    # mmengine's count of activations traces the model, which needs values.
-    def outputs(*args: object, out_shape: object = None, **kwargs: object) -> int:
-        return math.prod(out_shape)
-
-    numels = FlopCounterMode(
-        display=False, custom_mapping=dict.fromkeys(flop_registry, outputs)
-    )
-    flops = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), numels, flops:
-            if model.cfg.default_scope == 'mmdet':
-                with _proposals_without_values(model):
-                    model(x, _data_samples(shape, device), mode='tensor')
-            else:
-                model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    macs = flops.get_total_flops() // 2 + sum(n for _, n in deformed)
-    activations = numels.get_total_flops() + sum(n for n, _ in deformed)
-    return macs, activations, maps
-
-
-def _data_samples(shape: tuple[int, int], device: str) -> list:
-    from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
-
-    keys = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
-    meta = dict.fromkeys(keys, shape)
-    sample = DetDataSample(metainfo=dict(scale_factor=(1.0, 1.0), **meta))
-    # Some ask for objects outside of training too.
-    sample.gt_instances = InstanceData(
-        bboxes=torch.zeros(0, 4, device=device),
-        labels=torch.zeros(0, dtype=torch.long, device=device),
-    )
-    return [sample]
-
-
-@contextmanager
-def _proposals_without_values(model: BaseModel) -> Iterator[None]:
-    """Let a two-stage detector propose boxes, and cut them out, as shapes only."""
-    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-    from mmengine.structures import InstanceData
-
-    replaced = [m for m in model.modules() if isinstance(m, SingleRoIExtractor)]
-    for extractor in replaced:
-        extractor.forward = partial(_extract_nothing, extractor)
-    rpn = getattr(model, 'rpn_head', None)
-    settings = (model.test_cfg or {}).get('rpn') if replaced else None
-    # Where queries stand in the place of an RPN, they have no such settings.
-    if rpn is not None and settings:
-
-        def predict(feats: tuple[Tensor], *args: object, **kwargs: object) -> list:
-            rpn(feats)
-            boxes = feats[0].new_zeros(settings.max_per_img, 4)
-            return [InstanceData(bboxes=boxes)]
-
-        rpn.predict = predict
-        replaced.append(rpn)
-    try:
-        yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop('forward', None)
-            module.__dict__.pop('predict', None)
-
-
-def _extract_nothing(
-    extractor: object,
-    feats: tuple[Tensor],
-    rois: Tensor,
-    *args: object,
-    **kwargs: object,
-) -> Tensor:
-    """Stand in for RoIAlign, which only interpolates."""
-    size = _pair(extractor.roi_layers[0].output_size)
-    return feats[0].new_zeros(len(rois), extractor.out_channels, *size)
+def _run(model: BaseModel, cfg: Config, name: str, shape: tuple[int, int]) -> Costs:
+    """Run a model in the first way that it supports, or say why there is none."""
+    first = real = None
+    for predict in (False, True):
+        for device in ('meta', 'cpu'):
+            try:
+                if device == 'meta':
+                    return dry_run(model, shape, predict)
+                # Operators of mmcv, and code that reads values.
+                real = real or build_for_dry_run(cfg, 'cpu')
+                return dry_run(real, shape, predict)
+            except Exception as error:  # each model fails in its own way
+                first = first or error
+    raise ValueError(_explain(model, cfg, name, shape, first)) from first
 
 
 def _describe(
     model: BaseModel, maps: list, shape: tuple[int, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return strides and channels of what the backbone hands on."""
-    if not hasattr(model, 'backbone'):
+    if not maps:
         # timm tells of every level; the last is what its classifier sees.
         levels = getattr(getattr(model, 'model', None), 'feature_info', None) or []
         levels = [level for level in levels if 'reduction' in level][-1:]
@@ -330,11 +233,11 @@ def _explain(
     error: Exception,
 ) -> str:
     """Tell a size that a model does not take from a model that cannot be counted."""
-    usual = _usual_shape(cfg)
+    usual = default_shape(cfg)
     height, width = shape
-    if usual is not None and usual != shape:
+    if usual != shape:
         try:
-            _run(model, usual)
+            dry_run(model, usual)
         except Exception as other:
             error = other
         else:

@@ -5,6 +5,11 @@ The models have no values, only shapes; the few that need values, as the operato
 mmcv do, are run on the CPU. Parameters are in millions, multiply-accumulates (MACs)
 of convolutions and matrix products in 1e9, activations (elements of their outputs) in
 millions; CSV has the whole numbers.
+
+Of a tracker the detector is run, of teacher and student the teacher, of a
+self-supervised model the backbone. Not counted are models that want something when they
+are built (a package that is not installed, a file of weights), and of the toolkits'
+own Mask2Former for videos, SparK and CLRNet, whose forward wants more than a picture.
 """
 
 import argparse

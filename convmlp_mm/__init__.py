@@ -14,6 +14,7 @@ from .zoo import config_path, list_models, open_scope
 
 __version__ = '0.1.0'
 __all__ = [
+    'ChannelsLastHook',
     'CheckWeightsHook',
     'ConvMLP',
     '__version__',
@@ -25,6 +26,7 @@ __all__ = [
 
 # They need torch, the import of which is put off until one of them is wanted.
 _LATER = {
+    'ChannelsLastHook': '.engine',
     'CheckWeightsHook': '.engine',
     'ConvMLP': '.convmlp',
     'get_inferencer': '.apis',
@@ -32,7 +34,8 @@ _LATER = {
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-register_lazily(HOOKS, 'CheckWeightsHook', _LATER['CheckWeightsHook'])
+for _hook in ('ChannelsLastHook', 'CheckWeightsHook'):
+    register_lazily(HOOKS, _hook, _LATER[_hook])
 open_scope()
 
 

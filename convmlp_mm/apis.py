@@ -350,7 +350,8 @@ def switch_to_deploy(model: nn.Module) -> None:
     Those of backbones that say how (``switch_to_deploy``, as :class:`ConvMLP` and
     RepVGG), and those of mmcv's ``ConvModule`` in necks and heads, but for
     convolutions that several norms share. Others stay, since only their order in
-    ``forward`` tells what they follow. Outputs stay, to rounding.
+    ``forward`` tells what they follow. Outputs stay, to rounding. What follows a
+    :class:`ConvMLP` gets its weights in the layout of the backbone's maps.
 
     Args:
         model (nn.Module): A model, for inference only; changed in place and put
@@ -359,9 +360,12 @@ def switch_to_deploy(model: nn.Module) -> None:
     Examples:
         ``switch_to_deploy(get_model('retinanet_convmlp_s', 'last.pth'))``
     """
+    import torch
     from mmcv.cnn import ConvModule, fuse_conv_bn
     from torch.nn import Conv2d
     from torch.nn.modules.batchnorm import _BatchNorm
+
+    from .convmlp import ConvMLP
 
     model.eval()
     modules = list(model.modules())
@@ -382,6 +386,8 @@ def switch_to_deploy(model: nn.Module) -> None:
             and uses[id(module.conv)] == uses[id(module)] == 1
         ):
             fuse_conv_bn(module)
+    if any(isinstance(module, ConvMLP) for module in modules):
+        model.to(memory_format=torch.channels_last)
 
 
 def _palette(classes: int) -> list[list[int]]:

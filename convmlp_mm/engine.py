@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
@@ -10,7 +11,7 @@ from mmengine.runner import BaseLoop, Runner
 from .convmlp import ConvMLP
 from .weights import fit_checkpoint
 
-__all__ = ['CheckWeightsHook']
+__all__ = ['ChannelsLastHook', 'CheckWeightsHook']
 
 
 @HOOKS.register_module(force=True)
@@ -53,3 +54,28 @@ class CheckWeightsHook(Hook):
         checkpoint['state_dict'] = state_dict
         # EMAHook has saved the average as state_dict, and takes it from there.
         checkpoint.pop('ema_state_dict', None)
+
+
+@HOOKS.register_module(force=True)
+class ChannelsLastHook(Hook):
+    """Put the weights of neck and head into the layout of the backbone's maps.
+
+    A convolution of channels-last maps answers in channels-last, but has to bring
+    contiguous weights into that layout again in every forward, and its gradients
+    into that of the weights: 2.4 MB for each use of a 3x3 convolution of 256
+    channels, which the head of RetinaNet makes 40 times.
+    """
+
+    # Before EMAHook copies the model.
+    priority = 'VERY_HIGH'
+
+    def before_run(self, runner: Runner) -> None:
+        """Change the layout of the model's weights in place.
+
+        DDP has made its buckets by then, in the old layout, and makes them again
+        after the first step.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        runner.model.to(memory_format=torch.channels_last)

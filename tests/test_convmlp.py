@@ -1,9 +1,12 @@
 """The backbone: equality with the published model, then its behaviour."""
 
+import contextlib
 import copy
 import json
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from published import (
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convmlp_mm import ConvMLP
+from convmlp_mm import ChannelsLastHook, ConvMLP
 
 TINY = dict(
     tokenizer_channels=8,
@@ -498,6 +501,31 @@ def test_ddp_needs_no_search_for_unused_parameters(process_group):
             # The second forward raises if a gradient was missing in the first.
             for _ in range(2):
                 parallel(torch.rand(2, 3, 32, 32)).backward()
+
+
+def test_hook_gives_gradients_of_neck_and_head_the_layout_of_ddp(process_group):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    ddp = nn.parallel.DistributedDataParallel(model)
+    ChannelsLastHook().before_run(SimpleNamespace(model=ddp))
+    images = torch.rand(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    for step in range(3):
+        with warnings.catch_warnings(record=True) as caught, warn_always():
+            warnings.simplefilter('always')
+            ddp(images).sum().backward()
+        copied = [w for w in caught if 'Grad strides do not match' in str(w.message)]
+        # The buckets are made in the first step.
+        assert bool(copied) == (step == 0)
+    assert model[1].weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def warn_always():
+    """Let torch warn each time and not just once in a process."""
+    torch.set_warn_always(True)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_gradients_have_the_layout_of_their_parameters():

@@ -3,6 +3,8 @@ custom_imports = dict(imports=['convmlp_mm'], allow_failed_imports=False)
 custom_hooks = [
     # load_from takes published weights, and all of the backbone or nothing.
     dict(type='CheckWeightsHook'),
+    # Neck and head work in the layout of the backbone's maps.
+    dict(type='ChannelsLastHook'),
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
     dict(type='SyncBuffersHook'),

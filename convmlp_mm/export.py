@@ -64,6 +64,9 @@ PARTS = ('model', 'backbone')
 OPSETS = range(13, 18)
 # Of |exported - PyTorch| / max(1, |PyTorch|), number by number.
 TOLERANCE = 1e-4
+# Of the detections. Where two scores, or an overlap and its threshold, are equal but
+# for rounding, this decides which box suppresses which.
+UNMATCHED = 1e-3
 INPUT = 'images'
 ROUNDS = 7
 
@@ -83,7 +86,8 @@ class ExportReport:
             segmentor it is how far the logit of the exported class lies below the
             highest one; for those of a detector 0.
         compared (int): Number of pictures in the checks.
-        detections (int | None): Number of detections in them.
+        detections (int | None): Number of PyTorch's detections in them.
+        unmatched (int): Number of detections without a counterpart.
         seconds (tuple[float, float]): Median time of one batch at the given shape:
             of the toolkit (its ``test_step`` with BN folded) and of the exported
             graph.
@@ -94,6 +98,7 @@ class ExportReport:
     differences: tuple[tuple[tuple[int, int, int], dict[str, float]], ...]
     compared: int
     detections: int | None
+    unmatched: int
     seconds: tuple[float, float]
     threads: int
     size: int
@@ -257,7 +262,8 @@ def export_model(
     - of a backbone ``feature_0`` and so on, (N, channels, height, width).
 
     It is compared with ``test_step`` of the toolkit, whose BN is not folded: at the
-    given shape and batch, at another size, and with one picture more.
+    given shape and batch, at another size, and with one picture more. Of detections,
+    ``UNMATCHED`` of all may lack a counterpart.
 
     Args:
         model (BaseModel): Of :func:`convmlp_mm.apis.get_model`, on the CPU; it is not
@@ -281,8 +287,9 @@ def export_model(
         ExportReport: What was compared and timed.
 
     Raises:
-        ExportError: If the model cannot be exported, or if the largest difference is
-            above ``TOLERANCE``. No file is written then.
+        ExportError: If the model cannot be exported, if the largest difference is
+            above ``TOLERANCE``, or if too many detections have no counterpart. No file
+            is written then.
         ValueError: See :func:`check_request`; and for the shape and the batch.
         ImportError: See :func:`check_request`.
         OSError: See :func:`check_request`.
@@ -323,13 +330,14 @@ def export_model(
         ) from error
     run = (_load_onnx if form == 'onnx' else _load_torch)(content, graph.outputs)
 
-    differences, compared, detections = [], 0, 0
+    differences, compared, detections, unmatched = [], 0, 0, 0
     other = tuple(max(smallest, int(n * s) | 1) for n, s in zip(shape, (0.8, 0.7)))
     for pictures, size in _plan_checks(images, batch_size, shape, other):
         batch = [fit_image(picture, size) for picture in pictures]
         found = run(_to_input(batch, order))
         expected = _toolkit_results(model, batch, part)
-        result = _compare(graph, expected, dict(zip(graph.outputs, found)))
+        result, alone = _compare(graph, expected, dict(zip(graph.outputs, found)))
+        unmatched += alone
         differences.append(((len(batch), *size), result))
         compared += len(batch)
         if isinstance(graph, DetectorGraph):
@@ -342,6 +350,12 @@ def export_model(
                 f'{TOLERANCE:.0e}) at batch {len(batch)}, {size[0]} x {size[1]} '
                 f'pixels: {_spell(result)}'
             )
+    if unmatched > UNMATCHED * detections:
+        raise ExportError(
+            f'{unmatched} of the {detections} detections of {kind}, exported or of '
+            'PyTorch, have no counterpart. With untrained weights, whose scores are '
+            'nearly equal, rounding decides which box suppresses which'
+        )
 
     batch = [fit_image(images[i % len(images)], shape) for i in range(batch_size)]
     given = _to_input(batch, order)
@@ -353,6 +367,7 @@ def export_model(
         differences=_merge_checks(differences),
         compared=compared,
         detections=detections if isinstance(graph, DetectorGraph) else None,
+        unmatched=unmatched,
         seconds=seconds,
         threads=torch.get_num_threads(),
         size=osp.getsize(path),
@@ -589,13 +604,15 @@ def _compare(
     graph: nn.Module,
     expected: Sequence[Mapping[str, np.ndarray]],
     found: Mapping[str, np.ndarray],
-) -> dict[str, float]:
-    """Return the largest difference of each output."""
+) -> tuple[dict[str, float], int]:
+    """Return the largest difference of each output, and how many have no partner."""
+    unmatched = 0
     worst = dict.fromkeys(graph.outputs, 0.0)
     for n, one in enumerate(expected):
         mine = {name: values[n] for name, values in found.items()}
         if isinstance(graph, DetectorGraph):
-            result = _compare_detections(one, mine, graph.score_thr)
+            result, alone = _compare_detections(one, mine, graph.score_thr)
+            unmatched += alone
         else:
             result = {}
             for name, values in one.items():
@@ -613,24 +630,23 @@ def _compare(
                     result[name] = float(_difference(mine[name], values).max())
         # np.maximum keeps what is not a number.
         worst = {k: float(np.maximum(v, result[k])) for k, v in worst.items()}
-    return worst
+    return worst, unmatched
 
 
 def _compare_detections(
     expected: Mapping[str, np.ndarray],
     found: Mapping[str, np.ndarray],
     score_thr: float,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], int]:
     """Match the detections of a picture, whose order is open where scores are equal.
 
-    One without a partner counts as a difference without end, unless its score lies at
-    the threshold, or at the end of a full list.
+    One without a partner counts, unless its score lies at the threshold, or at the end
+    of a full list.
     """
-    places = len(found['labels'])
     valid = found['labels'] != NO_LABEL
     found = {name: values[valid] for name, values in found.items()}
     edges = [score_thr]
-    if len(expected['scores']) == places:
+    if valid.all() and len(expected['scores']) == len(valid):
         edges.append(expected['scores'].min())
     worst = dict(boxes=0.0, scores=0.0, labels=0.0)
     left = np.ones(len(found['scores']), bool)
@@ -642,15 +658,15 @@ def _compare_detections(
         cost[~left | (found['labels'] != label)] = np.inf
         partner = cost.argmin() if len(cost) else None
         if partner is None or not cost[partner] <= TOLERANCE:
-            alone.append(score)
+            alone.append(float(score))
             continue
         left[partner] = False
         worst['boxes'] = max(worst['boxes'], float(boxes[partner]))
         worst['scores'] = max(worst['scores'], float(scores[partner]))
-    for score in [*alone, *found['scores'][left]]:
-        if min(abs(score - edge) for edge in edges) > TOLERANCE:
-            worst['labels'] = float('inf')
-    return worst
+    alone += found['scores'][left].tolist()
+    return worst, sum(
+        bool(min(abs(score - edge) for edge in edges) > TOLERANCE) for score in alone
+    )
 
 
 def _merge_checks(

@@ -128,8 +128,8 @@ def main() -> int:
     compared = f'{report.compared} images'
     if report.detections is not None:
         compared += f' with {report.detections} detections'
-        if report.unmatched:
-            compared += f' ({report.unmatched} without a counterpart)'
+        if report.rounded:
+            compared += f' ({report.rounded} chosen otherwise among equal scores)'
     print(
         f'{args.out}: {report.size / 1e6:.1f} MB, {stated.weights}; {compared} agree '
         f'within {TOLERANCE:g} (|difference| / max(1, |PyTorch|)); {report.threads} '

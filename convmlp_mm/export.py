@@ -158,7 +158,8 @@ def check_request(
         raise ImportError(
             f"{' and '.join(missing)} missing: pip install 'convmlp_mm[deploy]'"
         )
-    kind = cfg.model.type.rpartition('.')[2]
+    # A class, in configurations that import.
+    kind = getattr(cfg.model.type, '__name__', cfg.model.type).rpartition('.')[2]
     if part == 'backbone':
         if not cfg.model.get('backbone'):
             raise ValueError(f'{kind} has no part that is called backbone')
@@ -176,7 +177,8 @@ def _check_settings(model: BaseModel) -> None:
     if scope == 'mmpretrain':
         from mmpretrain.models import ClsHead
 
-        _require('head', isinstance(model.head, ClsHead), model.head, 'a ClsHead')
+        head = type(model.head).__name__
+        _require('head', isinstance(model.head, ClsHead), head, 'a ClsHead')
     elif scope == 'mmseg':
         mode = model.test_cfg.get('mode', 'whole')
         _require('test_cfg.mode', mode == 'whole', mode, "'whole'")
@@ -324,14 +326,14 @@ def export_model(
                 content = _to_onnx(graph, example, opset, properties)
             else:
                 content = _to_torch(graph, example, properties)
+            load = _load_onnx if form == 'onnx' else _load_torch
+            run = load(content, graph.outputs)
     # Each exporter fails in its own way.
     except Exception as error:
         line = str(error).strip().partition('\n')[0]
         raise ExportError(
             f'{kind} cannot be exported to {form}: {type(error).__name__}: {line}'
         ) from error
-    run = (_load_onnx if form == 'onnx' else _load_torch)(content, graph.outputs)
-
     detector = isinstance(graph, DetectorGraph)
     differences, compared, detections, rounded = [], 0, 0, 0
     other = tuple(max(smallest, int(n * s) | 1) for n, s in zip(shape, (0.8, 0.7)))

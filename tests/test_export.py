@@ -103,6 +103,14 @@ def test_classifier_gives_probabilities_at_any_batch_and_size(tmp_path):
         np.testing.assert_allclose(found['scores'], expected, atol=1e-5)
 
 
+def test_colours_stay_blue_first_where_the_configuration_says_so(tmp_path):
+    cfg = tiny_config('classifier')
+    cfg.data_preprocessor.to_rgb = False
+    export_model(build_model(cfg), tmp_path / 'a.onnx', (64, 64))
+    properties = {p.key: p.value for p in onnx.load(tmp_path / 'a.onnx').metadata_props}
+    assert properties['channel_order'] == 'BGR'
+
+
 def test_segmentor_gives_labels_and_logits_of_every_pixel(tmp_path):
     from mmseg.structures import SegDataSample
 

@@ -72,6 +72,12 @@ EXTRAS = {
         'captum>=0.7,<0.10',
         'timm>=1.0.9,<1.1',
     ],
+    # For tools/export.py, which writes ONNX files and runs them. The oldest and the
+    # newest releases that the tests have passed with.
+    'deploy': [
+        'onnx>=1.17,<1.24',
+        'onnxruntime>=1.20,<1.33',
+    ],
     'tests': [
         'pytest>=8',
         # One minor release of ruff: another formats differently. The same release

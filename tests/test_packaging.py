@@ -102,7 +102,7 @@ def test_metadata(source, tmp_path):
     assert metadata['Name'].replace('-', '_') == 'convmlp_mm'
     assert metadata['Version'] == convmlp_mm.__version__
     assert metadata['License'] == 'Apache-2.0'
-    extras = {'onedl', 'openmmlab', 'analysis', 'tests'}
+    extras = {'onedl', 'openmmlab', 'analysis', 'deploy', 'tests'}
     assert set(metadata.get_all('Provides-Extra')) == extras
 
     requirements = metadata.get_all('Requires-Dist')

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=$(bash tools/setup_env.sh tests analysis)
+python=$(bash tools/setup_env.sh tests analysis deploy)
 PATH="$(dirname "$python"):$PATH"
 export PATH
 

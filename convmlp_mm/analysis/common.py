@@ -29,6 +29,7 @@ __all__ = [
     'StatedModel',
     'add_model_arguments',
     'check_arguments',
+    'find_weights',
     'fit_image',
     'fixed_size',
     'load_models',
@@ -138,7 +139,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in args.models:
         find_config(name)
     weights = args.weights or ['none'] * len(args.models)
-    args.weights = [_find_weights(*pair) for pair in zip(args.models, weights)]
+    args.weights = [find_weights(*pair) for pair in zip(args.models, weights)]
     args.names = args.names or [_short_name(name) for name in args.models]
 
 
@@ -146,7 +147,20 @@ def _short_name(name: str) -> str:
     return name.rpartition('::')[2].rpartition('/')[2].removesuffix('.py')
 
 
-def _find_weights(name: str, wanted: str) -> str | None:
+def find_weights(name: str, wanted: str) -> str | None:
+    """Find the weights that a command line names.
+
+    Args:
+        name (str): See :func:`~convmlp_mm.apis.find_config`.
+        wanted (str): ``'none'``, ``'published'``, a path or a URL.
+
+    Returns:
+        str, optional: Path or URL; None for none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the model has no published weights.
+    """
     if wanted == 'none':
         return None
     if wanted == 'published':

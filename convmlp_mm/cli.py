@@ -21,6 +21,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
 from .checkpoint_io import read_checkpoint
+from .launch import keep_memory
 
 __all__ = [
     'add_cfg_options',
@@ -297,6 +298,7 @@ def build_runner(cfg: Config) -> Runner:
     """
     read_weights_only()
     if get_device() == 'cpu':
+        keep_memory()
         _fit_to_cpu(cfg)
         if cfg.launcher == 'pytorch':
             _prepare_gloo(cfg)

@@ -1,5 +1,9 @@
 """What the command lines share."""
 
+import os
+import platform
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -196,3 +200,35 @@ def test_num_classes_option_reaches_every_head(tmp_path):
     assert cfg.model.mask_head.num_classes == 6
     assert cfg.data_preprocessor.num_classes == 6
     assert cfg.train_dataloader.dataset.num_classes == 80
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc', reason='other allocators have no mallopt'
+)
+@pytest.mark.parametrize(
+    ('variables', 'kept'), [({}, True), ({'MALLOC_TOP_PAD_': '0'}, False)]
+)
+def test_memory_that_was_freed_is_kept_unless_the_user_has_set_malloc(variables, kept):
+    code = """
+import resource
+from convmlp_mm.launch import keep_memory
+print(keep_memory())
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    first = faults()
+    bytearray(100_000_000)
+print(faults() - first)
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**env, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer, pages = done.stdout.split()
+    assert answer == str(kept)
+    # Of 4 KiB each.
+    assert (int(pages) < 1000) == kept

@@ -14,12 +14,14 @@ import os.path as osp
 import sys
 
 import cv2
+from mmengine.device import get_device
 from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
 from convmlp_mm.apis import find_config, switch_to_deploy
 from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.launch import keep_memory
 from convmlp_mm.predict import (
     RESULTS,
     labels_of,
@@ -104,6 +106,8 @@ def main() -> int:
         weights = args.weights
         if weights == 'published':
             weights = published_weights(args.config)
+        if (args.device or get_device()) == 'cpu':
+            keep_memory()
         inferencer = get_inferencer(cfg, weights, args.device)
         switch_to_deploy(inferencer.model)
         os.makedirs(args.out, exist_ok=True)

@@ -1,0 +1,43 @@
+"""Settings of a process that computes on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+__all__ = ['keep_memory']
+
+# Parameters of mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+# Grow in steps that a batch does not use up at once, in bytes.
+TOP_PAD = 256 * 1024**2
+
+
+def keep_memory() -> bool:
+    """Let malloc of glibc keep what is freed, for the next activation.
+
+    By default it gives each large tensor back to the system and has the pages of the
+    next one mapped and zeroed again, which docs/performance.md measures. The process
+    keeps its peak of memory until it ends.
+
+    An allocator that has been chosen stays: one that is preloaded (jemalloc,
+    tcmalloc), and one that the environment sets up (``MALLOC_...``,
+    ``GLIBC_TUNABLES``).
+
+    Returns:
+        bool: Whether the settings were made; not without glibc.
+    """
+    chosen = os.environ.get('LD_PRELOAD') or 'malloc' in os.environ.get(
+        'GLIBC_TUNABLES', ''
+    )
+    if chosen or any(name.startswith('MALLOC_') for name in os.environ):
+        return False
+    if not sys.platform.startswith('linux'):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is None:
+        return False
+    # Never trim, and no mapping of its own for any tensor.
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: TOP_PAD}
+    return all(mallopt(name, value) == 1 for name, value in settings.items())

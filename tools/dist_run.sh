@@ -19,14 +19,12 @@ export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
 LOCAL_WORLD_SIZE=$n python "$tools/$script" "$@" --check
 
 # Without a GPU the processes share the cores, of which torchrun would give each just
-# one, and memory that malloc keeps need not be mapped anew for every activation.
-# What is set already stays.
+# one, and the allocator is set up for them. What is set already stays.
 if ! command -v nvidia-smi > /dev/null; then
     threads=$(($(getconf _NPROCESSORS_ONLN) / n))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}
-    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-    export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+    allocator=$(python -m convmlp_mm.launch)
+    eval "$allocator"
 fi
 
 exec python -m torch.distributed.run \

@@ -31,6 +31,7 @@ __all__ = [
     'load_config',
     'merge_options',
     'one_line_errors',
+    'plain_optim_wrapper',
     'read_weights_only',
 ]
 
@@ -327,10 +328,7 @@ def _fit_to_cpu(cfg: Config) -> None:
     For a single process, mmengine itself turns SyncBN into BN.
     """
     replaced = []
-    if cfg.get('optim_wrapper', {}).get('type') == 'AmpOptimWrapper':
-        for key in ('loss_scale', 'dtype', 'use_fsdp'):
-            cfg.optim_wrapper.pop(key, None)
-        cfg.optim_wrapper.type = 'OptimWrapper'
+    if plain_optim_wrapper(cfg.get('optim_wrapper', {})):
         replaced.append('OptimWrapper instead of AmpOptimWrapper')
 
     def local_norm(key, value):
@@ -344,6 +342,23 @@ def _fit_to_cpu(cfg: Config) -> None:
     if replaced and os.environ.get('RANK', '0') == '0':
         changes = ' and '.join(dict.fromkeys(replaced))
         print(f'on the CPU, with {changes}', file=sys.stderr)
+
+
+def plain_optim_wrapper(wrapper: dict) -> bool:
+    """Turn mixed precision into single precision.
+
+    Args:
+        wrapper (dict): ``optim_wrapper`` of a configuration; it is changed.
+
+    Returns:
+        bool: Whether it was mixed.
+    """
+    if wrapper.get('type') != 'AmpOptimWrapper':
+        return False
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+    wrapper['type'] = 'OptimWrapper'
+    return True
 
 
 def _prepare_gloo(cfg: Config) -> None:

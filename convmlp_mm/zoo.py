@@ -17,6 +17,7 @@ from mmengine.config import Config, utils
 from mmengine.fileio import load
 
 __all__ = [
+    'carried_folder',
     'config_path',
     'list_models',
     'open_scope',
@@ -30,8 +31,11 @@ ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
 CLASSIFICATION = 'configs/metafile_classification.yml'
 
 
-def _mim() -> Path:
-    """Return the folder of the configurations and metafiles.
+def carried_folder() -> Path:
+    """Return the folder of the configurations, metafiles and tools.
+
+    Returns:
+        Path: ``.mim`` in the package, else the checkout.
 
     Raises:
         FileNotFoundError: If the package was copied without them.
@@ -50,7 +54,7 @@ def _mim() -> Path:
 @functools.lru_cache(maxsize=1)
 def _entries() -> dict[str, dict]:
     """Read the metafiles: entries by name, in their order."""
-    mim = _mim()
+    mim = carried_folder()
     metafiles = [load(mim / path) for path in load(mim / 'model-index.yml')['Import']]
     return {model['Name']: model for file in metafiles for model in file['Models']}
 
@@ -82,9 +86,9 @@ def config_path(name: str) -> str:
     Raises:
         ValueError: If there is none.
     """
-    configs = _mim() / 'configs'
+    configs = carried_folder() / 'configs'
     if name in _entries():
-        path = _mim() / _entries()[name]['Config']
+        path = carried_folder() / _entries()[name]['Config']
     else:
         path = configs / f'{name.removesuffix(".py")}.py'
     if '..' in Path(name).parts or not path.is_file():
@@ -203,5 +207,5 @@ def _register_root(module: object) -> None:
 
 def _register_classifiers(module: object) -> None:
     """Add the classifiers to the hub of mmpretrain."""
-    mim = _mim()
+    mim = carried_folder()
     module.ModelHub.register_model_index(mim / CLASSIFICATION, config_prefix=mim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -12,7 +13,7 @@ from matplotlib.text import Text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['draw_tradeoff']
+__all__ = ['draw_tradeoff', 'place_labels']
 
 # Dark enough for small words on white; the markers tell the kinds apart too.
 STYLES = {
@@ -21,6 +22,7 @@ STYLES = {
     'MLP': dict(color='#A3458F', marker='o'),
     'ConvMLP': dict(color='#D55E00', marker='*'),
 }
+OTHERS = dict(color='#404040', marker='o')
 OURS = 'ConvMLP'
 # Where a label may stand: how far from its point, and in which direction.
 RADII = np.repeat((8, 14, 20, 28, 38, 50, 64), 24)
@@ -60,7 +62,7 @@ def draw_tradeoff(rows: list[dict]) -> Figure:
     # Labels need to know where the points have come to lie.
     figure.draw_without_rendering()
     for ax, (key, _, _) in zip(axes, panels):
-        _place_labels(ax, rows, key)
+        place_labels(ax, rows, key)
     return figure
 
 
@@ -81,14 +83,26 @@ def _draw_panel(ax: Axes, rows: list[dict], key: str) -> None:
     ax.grid(alpha=0.25)
 
 
-def _place_labels(ax: Axes, rows: list[dict], key: str) -> None:
-    """Put each name where it covers least, the nearest place first."""
+def place_labels(
+    ax: Axes, rows: list[dict], key: str, covered: Sequence[np.ndarray] = ()
+) -> None:
+    """Put each name where it covers least, the nearest place first.
+
+    Args:
+        ax (Axes): With the points, on a figure of 72 pixels per inch that has been
+            laid out.
+        rows (list[dict]): Points with ``name``, ``kind`` (grey, unless a key of
+            ``STYLES``), ``top1`` and ``key``.
+        key (str): What of them is along the x axis.
+        covered (Sequence[ndarray]): What else must stay free: left, bottom, right
+            and top of boxes, in pixels. Defaults to none.
+    """
     points = ax.transData.transform([(row[key], row['top1']) for row in rows])
     ours = [row['kind'] == OURS for row in rows]
     line = points[ours]
     steps = np.linspace(line[:-1], line[1:], 20).reshape(-1, 2)
     # What must not be covered: left, bottom, right and top, in pixels.
-    taken = [*_boxes(points - 6, (12, 12)), *_boxes(steps - 2, (4, 4))]
+    taken = [*_boxes(points - 6, (12, 12)), *_boxes(steps - 2, (4, 4)), *covered]
     if ax.get_legend() is not None:
         taken.append(ax.get_legend().get_window_extent().extents)
     # Ours first, then the crowded ones, which have the fewest places.
@@ -102,7 +116,7 @@ def _place_labels(ax: Axes, rows: list[dict], key: str) -> None:
             textcoords='offset points',
             fontsize=11 if ours[i] else 8,
             fontweight='bold' if ours[i] else 'normal',
-            color=STYLES[row['kind']]['color'],
+            color=STYLES.get(row['kind'], OTHERS)['color'],
             arrowprops=dict(arrowstyle='-', color='0.6', lw=0.6, shrinkA=0, shrinkB=2),
         )
         label.set_in_layout(False)

@@ -16,6 +16,7 @@ __version__ = '0.1.0'
 __all__ = [
     'ChannelsLastHook',
     'CheckWeightsHook',
+    'CompileBackboneHook',
     'ConvMLP',
     '__version__',
     'config_path',
@@ -28,13 +29,14 @@ __all__ = [
 _LATER = {
     'ChannelsLastHook': '.engine',
     'CheckWeightsHook': '.engine',
+    'CompileBackboneHook': '.engine',
     'ConvMLP': '.convmlp',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-for _hook in ('ChannelsLastHook', 'CheckWeightsHook'):
+for _hook in ('ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook'):
     register_lazily(HOOKS, _hook, _LATER[_hook])
 open_scope()
 

@@ -7,11 +7,19 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
+from torch import nn
 
 from .convmlp import ConvMLP
 from .weights import fit_checkpoint
 
-__all__ = ['ChannelsLastHook', 'CheckWeightsHook']
+__all__ = ['ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook']
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the model in DDP and in test-time augmentation."""
+    while not hasattr(model, 'backbone') and hasattr(model, 'module'):
+        model = model.module
+    return model
 
 
 @HOOKS.register_module(force=True)
@@ -38,10 +46,7 @@ class CheckWeightsHook(Hook):
         Raises:
             ValueError: See :func:`convmlp_mm.weights.fit_checkpoint`.
         """
-        model = runner.model
-        while not hasattr(model, 'backbone') and hasattr(model, 'module'):
-            # Of DDP and of test-time augmentation.
-            model = model.module
+        model = _unwrap(runner.model)
         if runner._resume or not isinstance(getattr(model, 'backbone', None), ConvMLP):
             return
         training = isinstance(runner._train_loop, BaseLoop)
@@ -79,3 +84,60 @@ class ChannelsLastHook(Hook):
             runner (Runner): The runner.
         """
         runner.model.to(memory_format=torch.channels_last)
+
+
+def _inductor_options() -> dict:
+    """Return what torch 2.14 needs where outputs are views of unknown size.
+
+    Channels-last maps are; it fails to sort their strides in training.
+    """
+    from torch._inductor import config
+
+    name = 'strict_output_strides'
+    return {name: True} if hasattr(config, name) else {}
+
+
+@HOOKS.register_module(force=True)
+class CompileBackboneHook(Hook):
+    """Compile the backbone where the configuration says ``compile``.
+
+    The key is mmengine's, which compiles ``train_step`` as a whole: of a detector
+    that is dozens of graphs, which are compiled again with each number of objects
+    until the compiler gives up, and nothing in a test. With this hook it is one
+    graph, of the backbone alone, in training and in testing. ``compile`` is True or
+    the arguments of ``torch.compile``.
+
+    The second size of images is compiled for all sizes (``dynamic`` of
+    ``torch.compile``), so that others need no graph of their own.
+    """
+
+    # Before EMAHook copies the model, and before mmengine looks for the key.
+    priority = 'VERY_HIGH'
+
+    def before_run(self, runner: Runner) -> None:
+        """Compile in place, and take the key from mmengine.
+
+        Args:
+            runner (Runner): The runner.
+
+        Raises:
+            TypeError: If ``compile`` is neither a bool nor a dict.
+        """
+        options = runner.cfg.get('compile')
+        if options is not None and not isinstance(options, (bool, dict)):
+            raise TypeError(
+                'compile of the configuration must be True, False or a dict of the '
+                f'arguments of torch.compile, but got {options!r}'
+            )
+        # The loops of a runner call this hook once each.
+        backbone = getattr(_unwrap(runner.model), 'backbone', None)
+        if not isinstance(backbone, ConvMLP) or options is None or options is False:
+            return
+        options = {} if options is True else dict(options)
+        if options.get('backend', 'inductor') == 'inductor' and 'mode' not in options:
+            options['options'] = {**_inductor_options(), **options.get('options', {})}
+        backbone.compile(**options)
+        runner.cfg.compile = None
+        runner.logger.info(
+            'The backbone is compiled when it first runs, which takes a while.'
+        )

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import logging
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from published import (
@@ -25,7 +27,7 @@ from published import (
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convmlp_mm import ChannelsLastHook, ConvMLP
+from convmlp_mm import ChannelsLastHook, CompileBackboneHook, ConvMLP
 
 TINY = dict(
     tokenizer_channels=8,
@@ -322,6 +324,42 @@ def test_compiles_without_graph_breaks():
     sum(o.square().mean() for o in compiled(x)).backward()
     for name, grad in grads(model).items():
         torch.testing.assert_close(grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_compiled_graphs_do_not_grow_with_the_number_of_sizes(training):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny().train(training)
+    detector = nn.Module()
+    detector.backbone = model
+    cfg = Config(dict(compile=dict(backend=backend, fullgraph=True)))
+    runner = SimpleNamespace(cfg=cfg, model=detector, logger=logging.getLogger('test'))
+    CompileBackboneHook().before_run(runner)
+    # mmengine would compile the whole step.
+    assert runner.cfg.compile is None
+    for size in ((64, 96), (80, 72), (97, 131), (128, 96), (100, 180), (64, 64)):
+        images = torch.rand(2, 3, *size)
+        outs = model(images)
+        assert outs[0].shape[-2:] == ((size[0] + 3) // 4, (size[1] + 3) // 4)
+    # The first size, any size, and squares.
+    assert 1 < len(graphs) <= 3
+
+
+@pytest.mark.parametrize('value', [None, False])
+def test_nothing_is_compiled_unless_asked_for(value):
+    runner = SimpleNamespace(cfg=Config(dict(compile=value)), model=nn.Module())
+    runner.model.backbone = tiny()
+    CompileBackboneHook().before_run(runner)
+    assert runner.model.backbone._compiled_call_impl is None
+    runner.cfg.compile = 'yes'
+    with pytest.raises(TypeError, match="compile .* must be True, .* got 'yes'"):
+        CompileBackboneHook().before_run(runner)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ custom_hooks = [
     dict(type='CheckWeightsHook'),
     # Neck and head work in the layout of the backbone's maps.
     dict(type='ChannelsLastHook'),
+    # What compile=True means: one graph of the backbone.
+    dict(type='CompileBackboneHook'),
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
     dict(type='SyncBuffersHook'),

@@ -50,6 +50,20 @@ def describe(args: argparse.Namespace, found: list[Measurement]) -> str:
     )
 
 
+def explain(args: argparse.Namespace) -> str:
+    """Say what the columns are that do not explain themselves."""
+    text = (
+        " ratio: images/s over the first row's, median over the rounds; MiB: peak "
+        'memory above what the process has with the model and the pictures.'
+    )
+    if args.top1:
+        text += (
+            ' top-1: as published, on ImageNet-1k, in Table 3 of the ConvMLP paper '
+            "(paper) or the toolkit's metafile."
+        )
+    return text
+
+
 def measure_models(args: argparse.Namespace) -> str:
     """Return the table; the chart is written if asked for."""
     with one_line_errors():
@@ -68,7 +82,7 @@ def measure_models(args: argparse.Namespace) -> str:
         figure.savefig(stream, format='png', dpi=PNG_DPI)
         write_file(args.plot, stream.getvalue(), args.overwrite)
     table = results_table(found, macs, top1, args.format)
-    return table if args.format == 'csv' else f'{table}\n{note}\n'
+    return table if args.format == 'csv' else f'{table}\n{note}{explain(args)}\n'
 
 
 def measure_data(args: argparse.Namespace) -> str:

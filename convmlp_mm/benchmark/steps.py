@@ -197,9 +197,10 @@ def _train(job: Job, model: BaseModel, batch: dict) -> Callable[[], object]:
         )
 
     def step():
-        # The preprocessor may change the samples.
+        # The preprocessor may change the samples, not the pictures.
+        samples = copy.deepcopy(batch['data_samples'])
         with cast(), wrapper.optim_context(model):
-            data = model.data_preprocessor(copy.deepcopy(batch), True)
+            data = model.data_preprocessor({**batch, 'data_samples': samples}, True)
             inputs = _arrange(data['inputs'], spec)
             if bare:
                 losses = dict(loss=[(x.float() ** 2).mean() for x in forward(inputs)])

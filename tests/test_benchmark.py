@@ -23,7 +23,7 @@ from convmlp_mm.benchmark.published import PublishedConvMLP
 from convmlp_mm.benchmark.rounds import Measurement, WorkerError, run_interleaved
 from convmlp_mm.benchmark.spec import ModelSpec, parse_spec
 from convmlp_mm.benchmark.steps import MATMUL, Job
-from convmlp_mm.benchmark.worker import Timer
+from convmlp_mm.benchmark.worker import Memory, Timer
 from convmlp_mm.launch import CPU_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +210,7 @@ def test_wrong_models_are_named(text, mode, match):
         (['infer', 'arch:s', '--weights', 'yes'], 'no published weights'),
         (['train', 'arch:s', '--rounds', '0'], 'must be 1 or more, but is 0'),
         (['data', 'retinanet_convmlp_s'], "data folder 'data/coco/'"),
-        (['data', 'timm::resnet18'], 'has no train_dataloader'),
+        (['data', 'timm::resnet18'], 'configuration has no train_dataloader'),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(
@@ -348,6 +348,17 @@ def test_timer_divides_by_the_steps():
     assert timer.measure(5) >= 0 and len(calls) == 5
 
 
+def test_memory_is_the_peak_above_the_start():
+    kept = torch.zeros(25_000_000)
+    memory = Memory(torch.device('cpu'))
+    before = memory.above()
+    for size in (50_000_000, 10_000_000):
+        torch.ones(size)
+    # 200 MB, not with the second ones, and not what was there before.
+    assert memory.above() - before == pytest.approx(200e6, rel=0.1)
+    assert before < 50e6 and kept.sum() == 0
+
+
 def test_models_are_measured_in_turn_in_processes_of_their_own(tmp_path, capsys):
     path = tmp_path / 'tiny.py'
     backbone = dict(type='ConvMLP', arch=TINY, out_indices=(3,), final_norm=True)
@@ -358,32 +369,28 @@ def test_models_are_measured_in_turn_in_processes_of_their_own(tmp_path, capsys)
     out, plot = tmp_path / 'table.csv', tmp_path / 'chart.png'
     common = ['--batch-size', '2', '--shape', '32', '--rounds', '2', '--min-time', '0']
     tool.main(
-        ['infer', str(path), f'{path}@published,malloc,threads=1', *common]
+        ['infer', f'{path}@published,malloc,threads=1', '--matmul', *common]
         + ['--format', 'csv', '--out', str(out), '--plot', str(plot)]
     )
     rows = list(csv.DictReader(out.read_text().splitlines()))
-    assert [row['model'].partition('@')[2] for row in rows] == [
-        '',
-        'published,malloc,threads=1',
-    ]
     for row in rows:
         low, median, high = (float(row[key]) for key in ('q1', 'ms', 'q3'))
         assert 0 < low <= median <= high
-        assert float(row['images/s']) == pytest.approx(2e3 / median, rel=1e-3)
-    assert float(rows[0]['ratio']) == 1 and float(rows[0]['MiB']) > 0
+    model, product = rows
+    assert model['model'] == f'{path}@published,malloc,threads=1'
+    assert float(model['images/s']) == pytest.approx(2e3 / float(model['ms']), rel=1e-3)
+    assert float(model['ratio']) == 1 and float(model['MiB']) > 0
+    assert product['model'] == 'matmul' and product['images/s'] == '-'
     assert Image.open(plot).size[0] > 500
     assert capsys.readouterr().out == ''
 
     tool.main(['train', str(path), *common])
     text = capsys.readouterr().out
     assert re.search(r'tiny\.py +2 +32x32 +[\d.]+ ', text)
-    assert 'train: median and quartiles of a step in 2 interleaved rounds' in text
+    assert 'train, batch of 2: median and quartiles of a step in 2 interleaved' in text
 
 
-def test_failure_of_a_worker_is_said_and_ends_the_others(monkeypatch, tmp_path, capsys):
-    path = tmp_path / 'lenet.py'
-    model = dict(type='ImageClassifier', backbone=dict(type='LeNet5'))
-    Config(dict(default_scope='mmpretrain', model=model)).dump(path)
+def test_failure_of_a_worker_is_said_and_ends_the_others(monkeypatch, capsys):
     started = []
 
     def popen(*args, **kwargs):
@@ -393,9 +400,9 @@ def test_failure_of_a_worker_is_said_and_ends_the_others(monkeypatch, tmp_path, 
     process = subprocess.Popen
     monkeypatch.setattr(rounds.subprocess, 'Popen', popen)
     product = Job(ModelSpec(MATMUL, MATMUL), 'train', 1, (0, 0), warmup=1)
-    with pytest.raises(WorkerError, match=r'lenet.py@cp: TypeError: .*with_cp'):
-        run_interleaved([product, job(f'{path}@cp', 'train')], 1)
-    assert [worker.poll() for worker in started] == [-signal.SIGKILL] * 2
+    with pytest.raises(WorkerError, match="nothing@cp: ValueError: .* 'nothing'"):
+        run_interleaved([product, job('nothing@cp', 'train')], 1)
+    assert started[0].poll() == -signal.SIGKILL and started[1].poll() is not None
 
     def fail(*args, **kwargs):
         raise WorkerError('arch:s: it broke')

@@ -41,11 +41,12 @@ PNG_DPI = 110
 def describe(args: argparse.Namespace, found: list[Measurement]) -> str:
     """Say how it was measured."""
     threads = '/'.join(str(n) for n in sorted({m.threads for m in found}))
+    steps = '1 step' if args.warmup == 1 else f'{args.warmup} steps'
     predict = ' up to predictions' if getattr(args, 'predict', False) else ''
     return (
-        f'{args.mode}{predict}: median and quartiles of a step in {args.rounds} '
-        f'interleaved rounds (seed {args.seed}, {args.warmup} steps to warm up); torch '
-        f'{torch.__version__}, {found[0].device}, {threads} '
+        f'{args.mode}{predict}, batch of {args.batch_size}: median and quartiles of a '
+        f'step in {args.rounds} interleaved rounds (seed {args.seed}, {steps} to warm '
+        f'up); torch {torch.__version__}, {found[0].device}, {threads} '
         f'{"thread" if threads == "1" else "threads"}.'
     )
 

@@ -206,7 +206,7 @@ def _train(job: Job, model: BaseModel, batch: dict) -> Callable[[], object]:
                 losses = dict(loss=[(x.float() ** 2).mean() for x in forward(inputs)])
             else:
                 losses = forward(inputs, data['data_samples'], mode='loss')
-            loss, _ = model.parse_losses(losses)
+        loss, _ = model.parse_losses(losses)
         wrapper.update_params(loss)
 
     return step

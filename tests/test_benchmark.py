@@ -91,7 +91,6 @@ def pair(arch=TINY, **kwargs):
         dict(out_indices=(-1,), final_norm=True, drop_path_rate=0.5),
         dict(out_indices=(0, 2), in_channels=1, drop_rate=0.2),
         dict(out_indices=0),
-        dict(arch='s', final_norm=True),
     ],
 )
 def test_published_structure_computes_the_same(kwargs):

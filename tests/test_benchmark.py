@@ -257,6 +257,12 @@ def test_each_toolkit_is_inferred_and_trained(shallow, name, outputs):
     assert seen == [{0.0}, 'AdamW'] * 2
 
 
+def test_models_that_ask_the_runner_are_trained():
+    # Its preprocessor looks for the number of the iteration.
+    name = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco'
+    assert steps.build_step(job(name, 'train'))() is None
+
+
 def test_predictions_are_in_the_size_of_the_pictures(shallow):
     path = shallow('semantic_fpn_convmlp_s')
     samples = steps.build_step(job(path, predict=True))()

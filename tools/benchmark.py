@@ -41,13 +41,28 @@ PNG_DPI = 110
 def describe(args: argparse.Namespace, found: list[Measurement]) -> str:
     """Say how it was measured."""
     threads = '/'.join(str(n) for n in sorted({m.threads for m in found}))
+    steps = '1 step' if args.warmup == 1 else f'{args.warmup} steps'
     predict = ' up to predictions' if getattr(args, 'predict', False) else ''
     return (
-        f'{args.mode}{predict}: median and quartiles of a step in {args.rounds} '
-        f'interleaved rounds (seed {args.seed}, {args.warmup} steps to warm up); torch '
-        f'{torch.__version__}, {found[0].device}, {threads} '
+        f'{args.mode}{predict}, batch of {args.batch_size}: median and quartiles of a '
+        f'step in {args.rounds} interleaved rounds (seed {args.seed}, {steps} to warm '
+        f'up); torch {torch.__version__}, {found[0].device}, {threads} '
         f'{"thread" if threads == "1" else "threads"}.'
     )
+
+
+def explain(args: argparse.Namespace) -> str:
+    """Say what the columns are that do not explain themselves."""
+    text = (
+        " ratio: images/s over the first row's, median over the rounds; MiB: peak "
+        'memory above what the process has with the model and the pictures.'
+    )
+    if args.top1:
+        text += (
+            ' top-1: as published, on ImageNet-1k, in Table 3 of the ConvMLP paper '
+            "(paper) or the toolkit's metafile."
+        )
+    return text
 
 
 def measure_models(args: argparse.Namespace) -> str:
@@ -68,7 +83,7 @@ def measure_models(args: argparse.Namespace) -> str:
         figure.savefig(stream, format='png', dpi=PNG_DPI)
         write_file(args.plot, stream.getvalue(), args.overwrite)
     table = results_table(found, macs, top1, args.format)
-    return table if args.format == 'csv' else f'{table}\n{note}\n'
+    return table if args.format == 'csv' else f'{table}\n{note}{explain(args)}\n'
 
 
 def measure_data(args: argparse.Namespace) -> str:

@@ -84,10 +84,23 @@ def _add_model_arguments(parser: argparse.ArgumentParser, mode: str) -> None:
         help='shorter steps are repeated until a measurement takes this long',
     )
     parser.add_argument('--seed', type=int, default=0, help='of the order in a round')
-    parser.add_argument('--dtype', choices=DTYPES, default='fp32')
-    parser.add_argument('--threads', type=_number(1), metavar='N')
-    for name in ('compile', 'channels-last'):
-        parser.add_argument(f'--{name}', action='store_true', help='see below')
+    parser.add_argument(
+        '--dtype', choices=DTYPES, default='fp32', help='of models without an option'
+    )
+    parser.add_argument(
+        '--threads',
+        type=_number(1),
+        metavar='N',
+        help="likewise; by default torch's own number",
+    )
+    parser.add_argument(
+        '--compile', action='store_true', help='torch.compile for all models'
+    )
+    parser.add_argument(
+        '--channels-last',
+        action='store_true',
+        help='channels-last memory for models without an option',
+    )
     parser.add_argument(
         '--weights',
         choices=('no', 'yes'),

@@ -70,7 +70,7 @@ def build_loader(
         ValueError: If there is none, or if the data do not fill a batch.
     """
     if cfg.get('train_dataloader') is None:
-        raise ValueError(f'{cfg.filename} has no train_dataloader')
+        raise ValueError('the configuration has no train_dataloader')
     scope = cfg.get('default_scope') or 'mmengine'
     if scope != 'mmengine':
         import_module(f'{scope}.utils').register_all_modules(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def _row(
         '-' if macs is None else figure(macs / 1e9, 3),
         rate,
         figure(found.memory / 2**20, 0),
-        '-' if top1 is None else f'{top1[0]:g}',
+        '-' if top1 is None else str(float(top1[0])),
         '-' if top1 is None else top1[1],
     ]
 
@@ -163,7 +164,7 @@ def draw_chart(
     height = 5.6 if scatter else 1.4 + 0.42 * len(found)
     # As place_labels needs it.
     figure = Figure(figsize=(9, height), dpi=72, layout='constrained')
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 120), fontsize=9)
     if scatter:
         _draw_points(figure, pairs)
     else:

@@ -25,7 +25,7 @@ import torch
 from ..launch import keep_memory
 from .steps import Job, build_step
 
-__all__ = ['Timer', 'main']
+__all__ = ['Memory', 'Timer', 'main']
 
 STATUS = '/proc/self/status'
 
@@ -66,8 +66,14 @@ class Timer:
         return start.elapsed_time(end) / 1e3 / steps
 
 
-class _Memory:
-    """Peak above what is there when the object is made, in bytes."""
+class Memory:
+    """Peak memory above what is there when the object is made.
+
+    Resident memory of the process, or tensors on the GPU.
+
+    Args:
+        device (torch.device): Which of the two.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == 'cuda'
@@ -90,6 +96,7 @@ class _Memory:
         self.before = self._status('VmRSS') or self._peak()
 
     def above(self) -> int:
+        """Return the peak so far, in bytes."""
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
         return max(0, self._peak() - self.before)
@@ -116,9 +123,9 @@ def _serve(requests: TextIO, answer: Callable[[dict], None]) -> None:
         keep_memory()
     device = torch.device(job.device)
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     timer = Timer(build_step(job), device)
-    memory = _Memory(device)
+    memory = Memory(device)
     for _ in range(job.warmup):
         seconds = timer.measure(1)
     steps = max(1, math.ceil(job.min_time / max(seconds, 1e-9)))

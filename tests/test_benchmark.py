@@ -24,7 +24,6 @@ from convmlp_mm.benchmark.rounds import Measurement, WorkerError, run_interleave
 from convmlp_mm.benchmark.spec import ModelSpec, parse_spec
 from convmlp_mm.benchmark.steps import MATMUL, Job
 from convmlp_mm.benchmark.worker import Memory, Timer
-from convmlp_mm.launch import CPU_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
@@ -423,18 +422,6 @@ def test_process_that_is_killed_is_named(monkeypatch):
     monkeypatch.setattr(rounds.sys, 'executable', '/bin/false')
     with pytest.raises(WorkerError, match=r'matmul: the process ended \(exit code 1\)'):
         run_interleaved([Job(ModelSpec(MATMUL, MATMUL), 'infer', 1, (0, 0))], 1)
-
-
-def test_allocator_is_that_of_the_launcher():
-    command = [sys.executable, '-m', 'convmlp_mm.launch']
-    lines = subprocess.check_output(command, text=True).splitlines()
-    assert len(lines) == len(CPU_ALLOCATOR)
-    script = f'{chr(10).join(lines)}\nprintenv {" ".join(CPU_ALLOCATOR)}'
-    first = next(iter(CPU_ALLOCATOR))
-    shell = ['env', '-i', 'PATH=/usr/bin:/bin', f'{first}=1', 'bash', '-c', script]
-    values = subprocess.check_output(shell, text=True).splitlines()
-    # What is set stays.
-    assert values == ['1', *list(CPU_ALLOCATOR.values())[1:]]
 
 
 def test_number_of_processes_follows_from_the_times():

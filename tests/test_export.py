@@ -4,6 +4,7 @@ import io
 import json
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,9 +12,17 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from convmlp_mm import export, export_graphs
 from convmlp_mm.apis import build_model, find_config
-from convmlp_mm.export import ExportError, check_request, export_model
+from convmlp_mm.export import (
+    ExportError,
+    check,
+    check_request,
+    compare,
+    draw_images,
+    export_model,
+    graphs,
+)
+from convmlp_mm.export.detections import _count_wrong, _distance
 
 ARCH = dict(
     tokenizer_channels=8,
@@ -65,7 +74,7 @@ def tiny_model(kind, **test_cfg):
 
 
 def picture(batch, height, width, seed=3):
-    return export.draw_images(batch, (height, width), seed)
+    return draw_images(batch, (height, width), seed)
 
 
 def run_onnx(path, pictures):
@@ -158,12 +167,12 @@ def test_detector_gives_what_mmdet_predicts(tmp_path, settings):
 def test_detector_graph_is_bit_for_bit_mmdets():
     # Until BN is folded, which rounds.
     model = tiny_model('detector')
-    graph = export._make_graph(model, 'model')
+    graph = check.make_graph(model, 'model')
     pictures = picture(3, 75, 101)
     with torch.no_grad():
-        found = graph(export._to_input(pictures, 'RGB'))
+        found = graph(compare.to_input(pictures, 'RGB'))
     found = dict(zip(graph.outputs, (output.numpy() for output in found)))
-    for i, expected in enumerate(export._toolkit_results(model, pictures, 'model')):
+    for i, expected in enumerate(compare.toolkit_results(model, pictures, 'model')):
         number = len(expected['scores'])
         assert number > 5
         for name, values in expected.items():
@@ -217,24 +226,24 @@ def test_torch_format_leaves_batch_and_size_open(tmp_path):
 
 
 def test_what_differs_is_not_written(tmp_path, monkeypatch):
-    forward = export_graphs.ClassifierGraph.forward
+    forward = graphs.ClassifierGraph.forward
 
     def altered(self, images):
         return (forward(self, images)[0] * 1.001,)
 
-    monkeypatch.setattr(export_graphs.ClassifierGraph, 'forward', altered)
+    monkeypatch.setattr(graphs.ClassifierGraph, 'forward', altered)
     with pytest.raises(ExportError, match='ImageClassifier differs from PyTorch by'):
         export_model(tiny_model('classifier'), tmp_path / 'a.onnx', (64, 64))
     assert not list(tmp_path.iterdir())
 
 
 def test_detector_that_misses_boxes_is_not_written(tmp_path, monkeypatch):
-    forward = export_graphs.DetectorGraph.forward
+    forward = graphs.DetectorGraph.forward
 
     def altered(self, images):
         return tuple(values[:, 1:] for values in forward(self, images))
 
-    monkeypatch.setattr(export_graphs.DetectorGraph, 'forward', altered)
+    monkeypatch.setattr(graphs.DetectorGraph, 'forward', altered)
     with pytest.raises(ExportError, match=r'RetinaNet differs.* labels 1\.0e\+00'):
         export_model(tiny_model('detector'), tmp_path / 'a.onnx', (64, 64))
     assert not list(tmp_path.iterdir())
@@ -244,7 +253,7 @@ def test_model_that_the_exporter_refuses(tmp_path, monkeypatch):
     def failing(self, images):
         return (torch.from_numpy(np.linalg.inv(images[0, 0].numpy().tolist())),)
 
-    monkeypatch.setattr(export_graphs.ClassifierGraph, 'forward', failing)
+    monkeypatch.setattr(graphs.ClassifierGraph, 'forward', failing)
     with pytest.raises(ExportError, match='ImageClassifier cannot be exported to onnx'):
         export_model(tiny_model('classifier'), tmp_path / 'a.onnx', (64, 64))
     assert not list(tmp_path.iterdir())
@@ -281,7 +290,7 @@ def test_detections_must_be_what_suppression_leaves():
     candidates = detections(best, twin, other, low)
 
     def wrong(*found, full=False):
-        return export._count_wrong(graph, detections(*found), candidates, full)
+        return _count_wrong(graph, detections(*found), candidates, full)
 
     assert wrong(best, other) == wrong(best, other, low) == 0
     # Of two whose scores are equal but for rounding, either suppresses the other.
@@ -294,10 +303,10 @@ def test_detections_must_be_what_suppression_leaves():
     assert wrong(best) == 0
 
     moved = detections(([0, 0, 10, 10.002], 0.8003, 1))
-    distance = export._distance(moved, candidates)
+    distance = _distance(moved, candidates)
     assert distance['boxes'] == pytest.approx(2e-4, rel=0.01)
     assert distance['scores'] == pytest.approx(3e-4, rel=0.01)
-    assert export._distance(detections((*best[:2], 7)), candidates)['boxes'] == np.inf
+    assert _distance(detections((*best[:2], 7)), candidates)['boxes'] == np.inf
 
 
 def test_command_line(tool, tmp_path):
@@ -305,7 +314,7 @@ def test_command_line(tool, tmp_path):
     cfg = tiny_config('classifier')
     Config(cfg.to_dict()).dump(config)
     image = tmp_path / 'a.png'
-    export.cv2.imwrite(str(image), picture(1, 80, 90)[0])
+    cv2.imwrite(str(image), picture(1, 80, 90)[0])
     options = [config, 'none', path, '--shape', 64, 64, '--images', image]
     done = tool('export.py', *options)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -108,20 +109,18 @@ def test_wheel_and_not_the_checkout_is_imported(project, environment):
     assert f'{package}/__init__.py {package}/.mim/configs/retinanet' in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ('toolkit', 'config'),
-    [
-        ('mmdet', 'my_detector.py'),
-        ('mmdet', 'my_mask_detector.py'),
-        ('mmdet', 'my_faster_rcnn.py'),
-        ('mmseg', 'my_segmentor.py'),
-        ('mmpretrain', 'my_classifier.py'),
-    ],
-)
-def test_scripts_of_the_toolkits_train_projects_that_inherit(
-    project, environment, tmp_path, toolkit, config
-):
+PROJECTS = {
+    'my_detector.py': 'mmdet',
+    'my_mask_detector.py': 'mmdet',
+    'my_faster_rcnn.py': 'mmdet',
+    'my_segmentor.py': 'mmseg',
+    'my_classifier.py': 'mmpretrain',
+}
+
+
+def train(config, project, environment, out):
+    """Run the toolkit's script on one thread and return its log."""
+    toolkit = PROJECTS[config]
     package = Path(find_spec(toolkit).submodule_search_locations[0])
     script = package / '.mim' / 'tools' / 'train.py'
     options = [*SMALL[toolkit], *LOADERS, 'default_hooks.logger.interval=1']
@@ -140,8 +139,33 @@ def test_scripts_of_the_toolkits_train_projects_that_inherit(
             options.append(f'{key}.metainfo.classes={CLASSES}')
     short = project / f'short_{config}'
     short.write_text(f"_base_ = './{config}'\n{SHORT[toolkit]}")
-    command = [sys.executable, script, short.name, '--work-dir', tmp_path]
-    log = run(*command, '--cfg-options', *options, cwd=project, env=environment)
+    command = [sys.executable, script, short.name, '--work-dir', out]
+    env = {**environment, 'OMP_NUM_THREADS': '1'}
+    return run(*command, '--cfg-options', *options, cwd=project, env=env)
+
+
+@pytest.fixture(scope='module')
+def trainings(request, project, environment, tmp_path_factory):
+    """Those that are asked for, two at a time: most of it is imports."""
+    items = [item for item in request.session.items if item.fspath == __file__]
+    wanted = {getattr(item, 'callspec', None) and item.callspec.id for item in items}
+    out = tmp_path_factory.mktemp('trainings')
+    with ThreadPoolExecutor(2) as pool:
+        yield (
+            out,
+            {
+                config: pool.submit(train, config, project, environment, out / config)
+                for config in PROJECTS
+                if config in wanted
+            },
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', PROJECTS)
+def test_scripts_of_the_toolkits_train_projects_that_inherit(trainings, config):
+    out, runs = trainings
+    log = runs[config].result()
     assert re.search(r'\(train\).* loss: \d', log)
     assert re.search(r'\(val\) ', log)
-    assert (tmp_path / 'last_checkpoint').is_file()
+    assert (out / config / 'last_checkpoint').is_file()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -287,34 +288,38 @@ class OpensADoor:
 def test_load_from_takes_published_weights_and_refuses_others(shapes, tmp_path):
     options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={shapes}/coco']
     options += ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=4']
-    weights = tmp_path / 'weights.pth'
-    train = ['train.py', SHAPES, *options, f'load_from={weights}']
-
+    weights, larger, evil = (tmp_path / f'{name}.pth' for name in ('s', 'm', 'evil'))
+    door = tmp_path / 'door'
     torch.save(draw_checkpoint('s'), weights)
-    done = python(*train)
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-2000:]
+    torch.save(draw_checkpoint('m'), larger)
+    torch.save(dict(state_dict={}, x=OpensADoor(str(door))), evil)
+    commands = [
+        ['train.py', SHAPES, *options, f'load_from={weights}'],
+        # What starts a training is not enough for a test.
+        ['test.py', SHAPES, weights, *options],
+        ['train.py', SHAPES, *options, f'load_from={larger}'],
+        ['test.py', SHAPES, evil, *options],
+    ]
+    # Two at a time: most of it is imports.
+    with ThreadPoolExecutor(2) as pool:
+        trained, too_few, wrong, refused = pool.map(lambda c: python(*c), commands)
+
+    log = trained.stdout + trained.stderr
+    assert trained.returncode == 0, log[-2000:]
     assert f'RetinaNet: loaded 180 of 244 tensors from {weights}' in log
     assert 'skipped backbone.norm.weight, backbone.norm.bias, head.fc.weight' in log
     # One epoch is less than the interval: only the last checkpoint is there.
     assert Path((tmp_path / 'last_checkpoint').read_text()).is_file()
 
-    # What starts a training is not enough for a test.
-    done = python('test.py', SHAPES, weights, *options)
-    assert done.returncode == 1
-    assert 'missing: neck.lateral_convs.0' in done.stderr.splitlines()[-1]
+    assert too_few.returncode == 1
+    assert 'missing: neck.lateral_convs.0' in too_few.stderr.splitlines()[-1]
 
-    torch.save(draw_checkpoint('m'), weights)
-    done = python(*train)
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    assert wrong.returncode == 1
+    last = wrong.stderr.splitlines()[-1]
     assert last.endswith('The file is ConvMLP-M; the configuration says ConvMLP-S')
 
-    door = tmp_path / 'door'
-    torch.save(dict(state_dict={}, x=OpensADoor(str(door))), weights)
-    done = python('test.py', SHAPES, weights, *options)
-    assert done.returncode == 1 and not door.exists()
-    assert 'objects that are not allowed' in done.stderr.splitlines()[-1]
+    assert refused.returncode == 1 and not door.exists()
+    assert 'objects that are not allowed' in refused.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -322,16 +327,17 @@ def test_one_process_draws_into_show_dir(shapes, tmp_path):
     options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={shapes}/coco']
     checkpoint = tmp_path / 'weights.pth'
     torch.save(get_model(str(SHAPES)).state_dict(), checkpoint)
-    tested = python('test.py', SHAPES, checkpoint, '--show-dir', 'shown', *options)
-    assert tested.returncode == 0, tested.stderr[-2000:]
-    assert len(list(tmp_path.glob('*/shown/*.jpg'))) == 6
-
+    show = ['test.py', SHAPES, checkpoint, '--show-dir', 'shown', *options]
     key = 'tta_pipeline.1.transforms.0'
     scales = [f'{key}.{i}.scale=({n},{n})' for i, n in enumerate((96, 64, 128))]
-    command = ['test.py', SHAPES, checkpoint, '--tta', *options, *scales]
-    tested = python(*command, 'model.test_cfg.score_thr=0.0')
-    assert tested.returncode == 0, tested.stderr[-2000:]
-    assert 'coco/bbox_mAP' in tested.stdout
+    tta = ['test.py', SHAPES, checkpoint, '--tta', *options, *scales]
+    tta += ['model.test_cfg.score_thr=0.0']
+    with ThreadPoolExecutor(2) as pool:
+        shown, averaged = pool.map(lambda c: python(*c), (show, tta))
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    assert len(list(tmp_path.glob('*/shown/*.jpg'))) == 6
+    assert averaged.returncode == 0, averaged.stderr[-2000:]
+    assert 'coco/bbox_mAP' in averaged.stdout
 
 
 @pytest.mark.slow

@@ -338,3 +338,16 @@ def test_command_line(tool, tmp_path):
         assert message in done.stderr and 'Traceback' not in done.stderr
     assert path.read_bytes() == before
     assert not (tmp_path / 'b.onnx').exists()
+
+
+def test_what_is_not_a_number_is_not_written(tmp_path, monkeypatch):
+    forward = graphs.SegmentorGraph.forward
+
+    def altered(self, images):
+        labels, logits = forward(self, images)
+        return labels, logits * float('nan')
+
+    monkeypatch.setattr(graphs.SegmentorGraph, 'forward', altered)
+    with pytest.raises(ExportError, match=r'labels 0.* logits nan'):
+        export_model(tiny_model('segmentor'), tmp_path / 'a.onnx', (64, 64))
+    assert not list(tmp_path.iterdir())

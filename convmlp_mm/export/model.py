@@ -171,8 +171,8 @@ def export_model(
             result = compare(graph, toolkit_results(model, batch, part), found)
         differences.append(((len(batch), *size), result))
         compared += len(batch)
-        worst = max(result.values())
-        # Not a number is no agreement either.
+        # Not a number is no agreement either; max() of Python would pass over it.
+        worst = float(np.max(list(result.values())))
         if not worst <= TOLERANCE:
             raise ExportError(
                 f'the exported {kind} differs from PyTorch by {worst:.1e} (more than '

@@ -1,4 +1,4 @@
-"""What mmengine's Runner lacks: hooks for ``custom_hooks`` of a configuration."""
+"""Hooks that change or check the model before it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from .convmlp import ConvMLP
-from .weights import fit_checkpoint
+from ..convmlp import ConvMLP
+from ..weights import fit_checkpoint
 
 __all__ = ['ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook']
 

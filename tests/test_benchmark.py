@@ -455,3 +455,16 @@ def test_loading_is_timed_by_processes_and_by_steps(tmp_path, capsys):
     assert sum(float(share) for _, share in parts.values()) == pytest.approx(100, abs=1)
     assert 'A step of 100 s with 3 pictures needs 1 process' in text
     assert '4 batches of 3' in text
+
+
+def test_pictures_of_other_classes_are_refused_in_one_line(tmp_path, capsys):
+    for split in ('train', 'val'):
+        (tmp_path / split / 'cat').mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / split / 'cat' / '1.jpg')
+    options = ['--cfg-options', f'data_root={tmp_path}', '--workers', '0']
+    with pytest.raises(SystemExit, match='2'):
+        tool.main(['data', 'convmlp_s_imagenet', *options])
+    assert (
+        'train_dataloader of the configuration: The number of subfolders (1)'
+        in (capsys.readouterr().err.splitlines()[-1])
+    )

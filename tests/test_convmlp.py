@@ -559,6 +559,21 @@ def test_hook_gives_gradients_of_neck_and_head_the_layout_of_ddp(process_group):
     assert model[1].weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_hook_brings_logits_into_the_layout_of_the_loss_in_training_only():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1))
+    model.add_module('conv_seg', nn.Conv2d(8, 3, 1))
+    runner = SimpleNamespace(model=model)
+    for _ in range(2):  # as each loop of a runner does
+        ChannelsLastHook().before_run(runner)
+    assert len(model.conv_seg._forward_hooks) == 1
+    images = torch.rand(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    logits = model(images)
+    assert logits.is_contiguous() and not model[0](images).is_contiguous()
+    assert torch.equal(logits, model.eval()(images))
+    assert model(images).is_contiguous(memory_format=torch.channels_last)
+    assert copy.deepcopy(model).train()(images).is_contiguous()
+
+
 @contextlib.contextmanager
 def warn_always():
     """Let torch warn each time and not just once in a process."""

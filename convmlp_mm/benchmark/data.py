@@ -67,7 +67,8 @@ def build_loader(
         DataLoader: The loader.
 
     Raises:
-        ValueError: If there is none, or if the data do not fill a batch.
+        ValueError: If there is none, if the data do not match its settings, or if
+            they do not fill a batch.
     """
     if cfg.get('train_dataloader') is None:
         raise ValueError('the configuration has no train_dataloader')
@@ -89,7 +90,13 @@ def build_loader(
         for key in WORKER_KEYS:
             settings.pop(key, None)
     with DefaultScope.overwrite_default_scope(scope):
-        loader = Runner.build_dataloader(settings, seed=seed)
+        try:
+            loader = Runner.build_dataloader(settings, seed=seed)
+        except AssertionError as error:
+            # What the toolkits say of data that do not match their settings.
+            raise ValueError(
+                f'train_dataloader of the configuration: {error}'
+            ) from error
     if len(loader) == 0:
         raise ValueError(
             f'the {len(loader.dataset)} pictures of the training set do not fill a '

@@ -18,6 +18,7 @@ from mmengine.registry import DefaultScope
 from ..apis import build_model, find_config, load_weights, switch_to_deploy
 from ..cli import plain_optim_wrapper
 from ..convmlp import ConvMLP
+from ..engine.model_hooks import use_channels_last
 from ..zoo import published_weights
 from .equality import replace_backbone
 from .inputs import draw_batch
@@ -143,11 +144,10 @@ def _build(job: Job) -> BaseModel:
         replace_backbone(model, cfg.model.backbone)
     if spec.deploy:
         switch_to_deploy(model)
-    layout = spec.layout
-    if layout is None and isinstance(getattr(model, 'backbone', None), ConvMLP):
+    if spec.layout is None and isinstance(getattr(model, 'backbone', None), ConvMLP):
         # As ChannelsLastHook does.
-        layout = 'channels-last'
-    return model.to(device=job.device, memory_format=FORMATS[layout])
+        use_channels_last(model)
+    return model.to(device=job.device, memory_format=FORMATS[spec.layout])
 
 
 def _arrange(inputs: Tensor, spec: ModelSpec) -> Tensor:

@@ -7,12 +7,17 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 
 from ..convmlp import ConvMLP
 from ..weights import fit_checkpoint
 
-__all__ = ['ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook']
+__all__ = [
+    'ChannelsLastHook',
+    'CheckWeightsHook',
+    'CompileBackboneHook',
+    'use_channels_last',
+]
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -61,6 +66,27 @@ class CheckWeightsHook(Hook):
         checkpoint.pop('ema_state_dict', None)
 
 
+def use_channels_last(model: nn.Module) -> None:
+    """Put a model into the layout of the maps of :class:`ConvMLP`.
+
+    The logits of mmseg's heads leave it in training: the loss wants one map for each
+    class, and would else copy them after they have been enlarged to the size of the
+    picture, sixteen times as large.
+
+    Args:
+        model (nn.Module): It is changed: the layout of its weights, and a forward
+            hook on each ``conv_seg``.
+    """
+    model.to(memory_format=torch.channels_last)
+    for name, module in model.named_modules():
+        if name.rpartition('.')[2] == 'conv_seg' and not module._forward_hooks:
+            module.register_forward_hook(_logits_for_loss)
+
+
+def _logits_for_loss(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+    return logits.contiguous() if module.training else logits
+
+
 @HOOKS.register_module(force=True)
 class ChannelsLastHook(Hook):
     """Put the weights of neck and head into the layout of the backbone's maps.
@@ -83,7 +109,7 @@ class ChannelsLastHook(Hook):
         Args:
             runner (Runner): The runner.
         """
-        runner.model.to(memory_format=torch.channels_last)
+        use_channels_last(runner.model)
 
 
 def _inductor_options() -> dict:

@@ -1,0 +1,364 @@
+"""Make a resumed run the run that it would have been."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from mmengine.dist import gather_object, get_rank, get_world_size
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
+
+from .random_state import get_random_state, set_random_state
+
+__all__ = ['ExactResumeHook']
+
+# Of the checkpoint.
+KEY = 'exact_resume'
+
+
+@HOOKS.register_module(force=True)
+class ExactResumeHook(Hook):
+    """Save and restore what the Runner forgets when it resumes.
+
+    Each checkpoint from which a run can be resumed also gets, for every process, the
+    states of the random numbers, open gradients (of an accumulation that the
+    checkpoint interrupts) and buffers (BN statistics), and for all of them the seed
+    of the samplers and the position in the data. A run that is resumed
+
+    - goes on in the middle of an epoch where it was, by indices, without loading
+      what it has had, and with the samplers' seed of the first start;
+    - draws the random numbers that it would have drawn: on a CPU and without workers
+      the weights at the end are equal bit for bit; with workers, the order of samples
+      and the schedule are, while each worker starts its augmentation anew;
+    - makes up for a validation that was due at the checkpoint, unless it was saved
+      after that.
+
+    Validation leaves the random numbers of the training alone, so that it does not
+    matter how often it runs.
+
+    With several processes, the state of all is gathered where the hook that saves
+    calls ``before_gather_state`` on each of them, as ``SafeCheckpointHook`` does.
+    """
+
+    # After the others have prepared the training, and changed the numbers by it.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self._gathered: list[dict] | None = None
+        self._state: dict | None = None
+        self._epoch_start = 0
+        self._skipped = 0
+        self._validated_at: int | None = None
+        self._before_val: dict | None = None
+
+    # Saving
+
+    def before_gather_state(self, runner: Runner) -> None:
+        """Collect the state of all processes; each of them calls this.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        self._gathered = gather_object(_process_state(runner.model)) or []
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the state; not to the best checkpoints, which have no optimizer.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): It gets the key ``'exact_resume'``.
+        """
+        if 'optimizer' not in checkpoint:
+            return
+        gathered, self._gathered = self._gathered, None
+        if gathered is None:
+            # A hook that does not ask the other processes.
+            gathered = [_process_state(runner.model)] if get_world_size() == 1 else []
+        meta = checkpoint['meta']
+        # Of an epoch that is over, the start of the next has not been noted yet.
+        over = meta['epoch'] > runner.epoch
+        checkpoint[KEY] = dict(
+            seed=runner.seed,
+            batches=0 if over else meta['iter'] - self._epoch_start,
+            validated=self._validated_at == meta['iter'],
+            processes=gathered,
+        )
+
+    # Resuming
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Take the state out of a checkpoint that is resumed.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): What the file holds.
+        """
+        state = checkpoint.pop(KEY, None)
+        if runner._resume:
+            self._state = state or {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Restore the state.
+
+        Args:
+            runner (Runner): The runner, which has loaded the checkpoint.
+        """
+        self._epoch_start = runner.iter
+        state, self._state = self._state, None
+        if state is None:
+            return
+        loop = runner.train_loop
+        processes = state.get('processes', [])
+        if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
+            _warn(f'{type(loop).__name__} is not one of mmengine')
+        elif len(processes) != get_world_size():
+            of = f'that of {len(processes)}' if processes else 'no'
+            _warn(f'it has {of} state of processes, but there are {get_world_size()}')
+        else:
+            self._restore(runner, loop, state, processes[get_rank()])
+
+    def _restore(
+        self, runner: Runner, loop: BaseLoop, state: dict, process: dict
+    ) -> None:
+        _restore_tensors(runner.model, process)
+
+        def restore_numbers() -> None:
+            set_random_state(process['random'])
+
+        batches = state['batches']
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        _build_loader_again(runner, loop, state['seed'])
+        if by_epoch:
+            self._skipped = batches
+            self._epoch_start = runner.iter - batches
+            if batches:
+                _Remainder.put_into(loop.dataloader, batches, restore_numbers)
+                _shift_batch_index(loop, batches)
+        else:
+            passes = _Remainder.put_into(loop.dataloader, batches, restore_numbers)
+            loop.dataloader_iterator = _Advanced(loop, passes)
+        if not state['validated']:
+            _validate_if_due(runner, loop, by_epoch)
+        # The numbers of an epoch that begins are those before its loader does.
+        restore_numbers()
+
+    # Positions
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Note where the epoch has begun.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self._epoch_start = runner.iter - self._skipped
+            self._skipped = 0
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Note where the next epoch begins, for a checkpoint after validation.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            self._epoch_start = runner.iter
+
+    def before_val(self, runner: Runner) -> None:
+        """Put the random numbers of the training aside.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        self._before_val = get_random_state()
+        if isinstance(runner._train_loop, BaseLoop):
+            self._validated_at = runner.iter
+
+    def after_val(self, runner: Runner) -> None:
+        """Go on with the random numbers of the training.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        set_random_state(self._before_val)
+
+
+def _warn(reason: str) -> None:
+    print_log(
+        'The run is resumed with other random numbers, at the beginning of an epoch: '
+        f'the checkpoint cannot be continued exactly, since {reason}.',
+        'current',
+        logging.WARNING,
+    )
+
+
+def _process_state(model: torch.nn.Module) -> dict:
+    """Return what differs between processes."""
+    grads = [p.grad for p in model.parameters()]
+    state = dict(random=get_random_state(), grads=None, buffers=None)
+    if any(grad is not None for grad in grads):
+        state['grads'] = [None if g is None else g.detach().cpu() for g in grads]
+    if get_world_size() > 1:
+        state['buffers'] = [b.detach().cpu() for b in model.buffers()]
+    return state
+
+
+def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
+    if process['grads'] is not None:
+        for param, grad in zip(model.parameters(), process['grads']):
+            # torch wants them in the layout that backward gives them.
+            param.grad = None if grad is None else torch.empty_like(param).copy_(grad)
+    if process['buffers'] is not None:
+        for buffer, saved in zip(model.buffers(), process['buffers']):
+            buffer.copy_(saved)
+
+
+def _build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
+    """Give the samplers the seed of the first start, and none of its batches."""
+    settings = runner._train_dataloader
+    if not isinstance(settings, dict):
+        # Built by the caller, who knows the seed.
+        return
+    settings = dict(settings)
+    settings['dataset'] = loop.dataloader.dataset
+    diff_rank_seed = runner._randomness_cfg.get('diff_rank_seed', False)
+    loop.dataloader = runner.build_dataloader(
+        settings, seed=seed, diff_rank_seed=diff_rank_seed
+    )
+
+
+def _shift_batch_index(loop: EpochBasedTrainLoop, batches: int) -> None:
+    """Let the hooks of this epoch see the index of the batch in the whole epoch."""
+    run_iter, run_epoch = loop.run_iter, loop.run_epoch
+
+    def run_shifted(idx: int, data_batch: object) -> None:
+        run_iter(idx + batches, data_batch)
+
+    def run_first_epoch() -> None:
+        try:
+            run_epoch()
+        finally:
+            del loop.run_iter, loop.run_epoch
+
+    loop.run_iter, loop.run_epoch = run_shifted, run_first_epoch
+
+
+def _validate_if_due(runner: Runner, loop: BaseLoop, by_epoch: bool) -> None:
+    """Run the validation that the run was stopped in or before."""
+    loop._decide_current_val_interval()
+    done, end = runner.iter, runner.max_iters
+    if by_epoch:
+        if runner.iter != runner.epoch * len(loop.dataloader):
+            return
+        done, end = runner.epoch, runner.max_epochs
+    due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
+    if runner.val_loop is None or not done or not due:
+        return
+    runner.logger.info('The validation that was due at the checkpoint comes first.')
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            # So that what it finds to be the best enters the latest checkpoint.
+            hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
+    runner.val_loop.run()
+
+
+class _Remainder:
+    """A batch sampler whose first round is what is left of one.
+
+    Args:
+        batch_sampler (Iterable): The whole.
+        batches (Iterator): What is left of it.
+        begin (Callable): Called before the first batch, once the loader has drawn
+            the random number that it begins with.
+    """
+
+    def __init__(
+        self, batch_sampler: object, batches: Iterator, begin: Callable[[], None]
+    ) -> None:
+        self.batch_sampler = batch_sampler
+        self.first = (batches, begin)
+
+    @classmethod
+    def put_into(
+        cls, loader: DataLoader, count: int, begin: Callable[[], None]
+    ) -> int:
+        """Skip batches of a loader that has not been used.
+
+        Args:
+            loader (DataLoader): It is changed.
+            count (int): How many to skip.
+            begin (Callable): See above.
+
+        Returns:
+            int: How many times all of the data have been seen.
+        """
+        whole, passes = loader.batch_sampler, 0
+        batches = iter(whole)
+        for _ in range(count):
+            if next(batches, None) is None:
+                passes += 1
+                _set_epoch(loader, passes)
+                batches = iter(whole)
+                next(batches)
+        # torch forbids the assignment, lest a sampler change under a loader in use.
+        vars(loader)['batch_sampler'] = cls(whole, batches, begin)
+        return passes
+
+    def __iter__(self) -> Iterator:
+        if self.first is None:
+            yield from self.batch_sampler
+            return
+        (batches, begin), self.first = self.first, None
+        begin()
+        yield from batches
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> object:
+        if name == 'batch_sampler':
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+def _set_epoch(loader: DataLoader, epoch: int) -> None:
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(epoch)
+            return
+
+
+class _Advanced:
+    """The endless iterator of an iteration-based loop, already where it belongs.
+
+    The loop advances it by as many batches as have been trained; of those, none is
+    loaded.
+    """
+
+    def __init__(self, loop: IterBasedTrainLoop, passes: int) -> None:
+        # What the loop has made for itself, for another loader.
+        self.batches = type(loop.dataloader_iterator)(loop.dataloader)
+        self.batches._epoch = passes
+        self.to_skip = loop.iter
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Do what the loop of newer versions asks for: nothing is left to skip."""
+        self.to_skip = 0
+
+    def __iter__(self) -> _Advanced:
+        return self
+
+    def __next__(self) -> object:
+        if self.to_skip:
+            self.to_skip -= 1
+            return None
+        return next(self.batches)
+
+    def __getattr__(self, name: str) -> object:
+        if name == 'batches':
+            raise AttributeError(name)
+        return getattr(self.batches, name)

@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.runner._flexible_runner import FlexibleRunner
 from torch.utils.data import Dataset
 
 from convmlp_mm.checkpoint_io import read_checkpoint
@@ -89,7 +90,15 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def build(work_dir, epochs=1, scores=None, calls=None, by_epoch=True, **options):
+def build(
+    work_dir,
+    epochs=1,
+    scores=None,
+    calls=None,
+    by_epoch=True,
+    runner_type=Runner,
+    **options,
+):
     """A run of two iterations an epoch."""
     hook = {k: options.pop(k) for k in list(options) if k in ('resume', 'load_from')}
     sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
@@ -110,9 +119,9 @@ def build(work_dir, epochs=1, scores=None, calls=None, by_epoch=True, **options)
         )
     hooks = dict(checkpoint=dict(type='SafeCheckpointHook', by_epoch=by_epoch))
     hooks['checkpoint'].update(dict(interval=1) | options)
-    runner = Runner(
+    runner = runner_type(
         Toy(),
-        str(work_dir),
+        work_dir=str(work_dir),
         train_dataloader=dict(loader, dataset=Numbers()),
         train_cfg=loop,
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
@@ -348,6 +357,16 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     assert state['last_ckpt'].endswith('epoch_2.pth')
 
 
+def test_flexible_runner_saves_whole_files_too(tmp_path):
+    disk = contextlib.ExitStack()
+    calls = Calls({2: lambda: disk.enter_context(full_disk()), 3: disk.close})
+    options = dict(runner_type=FlexibleRunner, max_keep_ckpts=2)
+    with disk:
+        runner = train(tmp_path, 3, calls=calls, **options)
+    assert len(lines(runner)) == 1
+    assert saved(tmp_path) == ['epoch_1.pth', 'epoch_3.pth', 'last_checkpoint']
+
+
 def test_last_checkpoint_is_tried_again_at_the_end(tmp_path):
     disk = contextlib.ExitStack()
     calls = Calls({2: lambda: disk.enter_context(full_disk())})
@@ -398,6 +417,52 @@ def test_other_errors_while_saving_are_not_hidden(tmp_path):
     calls.before_save_checkpoint = wrong
     with pytest.raises(FloatingPointError, match='NaN in the weights'):
         train(tmp_path, calls=calls)
+
+
+def rank(number, folder):
+    """One of two processes, the first of which cannot save; write what they come to."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+    torch.distributed.init_process_group(
+        'gloo', f'file://{folder}/store', rank=number, world_size=2
+    )
+
+    def wrong(runner, checkpoint):
+        raise FloatingPointError('NaN in the weights')
+
+    for case in ('continue', 'stop', 'nan'):
+        with contextlib.ExitStack() as disk:
+            calls = Calls()
+            if case == 'nan':
+                calls.before_save_checkpoint = wrong
+            else:
+                calls.epochs[2] = lambda disk=disk: disk.enter_context(full_disk())
+                calls.epochs[3] = disk.close
+            options = dict(on_save_error='stop') if case == 'stop' else {}
+            try:
+                runner = train(
+                    folder / case, 3, None, calls, max_keep_ckpts=1, **options
+                )
+            except Exception as stopped:
+                outcome = f'{type(stopped).__name__}: {stopped}'
+            else:
+                outcome = repr(runner.message_hub.get_info('keep_ckpt_ids'))
+        (folder / f'{case}{number}.txt').write_text(outcome)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_could_not_be_saved(tmp_path):
+    torch.multiprocessing.spawn(rank, (tmp_path,), nprocs=2)
+    outcomes = {p.stem: p.read_text() for p in tmp_path.glob('*.txt')}
+    assert outcomes == {
+        'continue0': '[3]',
+        'continue1': '[3]',
+        'stop0': '_NotSaved: File too large',
+        'stop1': '_NotSaved: File too large',
+        'nan0': 'FloatingPointError: NaN in the weights',
+        'nan1': 'RuntimeError: another process cannot save: NaN in the weights',
+    }
+    assert saved(tmp_path / 'continue') == ['epoch_3.pth', 'last_checkpoint']
+    assert saved(tmp_path / 'stop') == ['epoch_1.pth', 'last_checkpoint']
 
 
 def test_what_to_do_about_errors_is_checked():

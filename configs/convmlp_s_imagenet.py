@@ -64,3 +64,5 @@ custom_hooks = [
     dict(type='EMAHook', momentum=4e-5, update_buffers=True, priority='ABOVE_NORMAL'),
 ]
 randomness = dict(seed=42)
+# Kills and full disks leave whole checkpoints.
+default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

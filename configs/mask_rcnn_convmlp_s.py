@@ -28,3 +28,5 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4)
 )
 randomness = dict(seed=42)
+# Kills and full disks leave whole checkpoints.
+default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

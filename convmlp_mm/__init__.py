@@ -9,6 +9,7 @@ from importlib import import_module
 
 from mmengine.registry import HOOKS, MODELS
 
+from . import storage  # noqa: F401, registers the backend
 from .lazy import register_lazily
 from .zoo import config_path, list_models, open_scope
 
@@ -18,6 +19,7 @@ __all__ = [
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ConvMLP',
+    'SafeCheckpointHook',
     '__version__',
     'config_path',
     'get_inferencer',
@@ -31,12 +33,18 @@ _LATER = {
     'CheckWeightsHook': '.engine',
     'CompileBackboneHook': '.engine',
     'ConvMLP': '.convmlp',
+    'SafeCheckpointHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-for _hook in ('ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook'):
+for _hook in (
+    'ChannelsLastHook',
+    'CheckWeightsHook',
+    'CompileBackboneHook',
+    'SafeCheckpointHook',
+):
     register_lazily(HOOKS, _hook, _LATER[_hook])
 open_scope()
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import os.path as osp
+import re
 import tempfile
 
-__all__ = ['check_output', 'write_file']
+__all__ = ['check_output', 'remove_leftovers', 'write_file']
+
+# What mkstemp makes of the prefix and suffix below.
+LEFTOVER = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')
 
 
 def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -49,7 +54,8 @@ def write_file(
     if isinstance(content, str):
         content = content.encode()
     # In the same folder: only there can it be renamed at once.
-    file, temporary = tempfile.mkstemp(dir=osp.dirname(path) or '.', prefix='.')
+    folder, name = osp.split(os.fspath(path))
+    file, temporary = tempfile.mkstemp('.tmp', f'.{name}.', folder or '.')
     try:
         with os.fdopen(file, 'wb') as stream:
             stream.write(content)
@@ -63,3 +69,32 @@ def write_file(
     except BaseException:
         os.unlink(temporary)
         raise
+    _flush_folder(folder or '.')
+
+
+def _flush_folder(folder: str) -> None:
+    """Let the new name of a file survive a loss of power, where that can be asked."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> list[str]:
+    """Remove what :func:`write_file` had not finished when its process was killed.
+
+    Args:
+        folder (str | PathLike): Nobody must be writing into it.
+
+    Returns:
+        list[str]: The names of the files.
+
+    Raises:
+        OSError: If the folder cannot be read or written.
+    """
+    names = sorted(name for name in os.listdir(folder) if LEFTOVER.fullmatch(name))
+    for name in names:
+        os.unlink(osp.join(folder, name))
+    return names

@@ -11,7 +11,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import HOOKS, PARAM_SCHEDULERS, DefaultScope
+
+from convmlp_mm import SafeCheckpointHook
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 ALL = sorted(
@@ -337,6 +339,18 @@ def test_package_is_imported_and_buffers_are_shared(name):
     )
     assert field(cfg, 'custom_hooks.SyncBuffersHook') == {}
     assert cfg.auto_scale_lr.base_batch_size
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_checkpoints_are_saved_as_often_as_in_the_toolkit_and_whole(name):
+    cfg = load(name)
+    hook = HOOKS.build(dict(cfg.default_hooks.checkpoint))
+    assert type(hook) is SafeCheckpointHook
+    assert hook.by_epoch == (cfg.default_scope != 'mmseg')
+    interval = 8 if 'quickstart' in name else 1
+    if not hook.by_epoch:
+        interval = 16000 if name in BASELINES else 4000
+    assert hook.interval == interval
 
 
 @pytest.mark.parametrize('name', CONVMLP)

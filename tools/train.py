@@ -6,7 +6,6 @@ import os.path as osp
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 from convmlp_mm.cli import (
     add_common_arguments,
@@ -15,6 +14,7 @@ from convmlp_mm.cli import (
     load_config,
     one_line_errors,
 )
+from convmlp_mm.engine import find_latest_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,8 +25,8 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from this checkpoint, or without a value from the latest '
-        'in the work dir; if there is none, start as without the option',
+        help='go on from this checkpoint, or without a value from the newest '
+        'in the work dir that opens; if there is none, start as without the option',
     )
     parser.add_argument(
         '--amp', action='store_true', help='train in automatic mixed precision'
@@ -69,9 +69,10 @@ def prepare(args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr.enable = True
     if args.resume == 'auto':
         # With nothing to resume, load_from of the configuration stays.
-        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        newest = find_latest_checkpoint(cfg.work_dir)
+        cfg.resume = newest is not None
         if cfg.resume:
-            cfg.load_from = None
+            cfg.load_from = newest
     elif args.resume is not None:
         if '://' not in args.resume and not osp.isfile(args.resume):
             raise FileNotFoundError(f'checkpoint {args.resume!r} does not exist')

@@ -10,3 +10,5 @@ num_classes = 150
 # Deprecated in mmseg; each backbone has its own init_cfg instead.
 model = dict(pretrained=None, decode_head=dict(num_classes=num_classes))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
+# Kills and full disks leave whole checkpoints.
+default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

@@ -12,3 +12,5 @@ model = dict(
         mask_head=dict(num_classes=num_classes),
     ),
 )
+# Kills and full disks leave whole checkpoints.
+default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

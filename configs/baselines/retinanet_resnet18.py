@@ -7,3 +7,5 @@ _base_ = [
 
 num_classes = 80
 model = dict(bbox_head=dict(num_classes=num_classes))
+# Kills and full disks leave whole checkpoints.
+default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

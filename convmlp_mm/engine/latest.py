@@ -1,0 +1,120 @@
+"""Which checkpoint a run can be resumed from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import os.path as osp
+from collections.abc import Iterator
+
+from mmengine.logging import print_log
+
+from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
+
+__all__ = ['find_latest_checkpoint', 'named_checkpoint']
+
+# The file in which the Runner notes its last checkpoint.
+NOTE = 'last_checkpoint'
+
+
+def named_checkpoint(work_dir: str | os.PathLike) -> str | None:
+    """Find the checkpoint that ``last_checkpoint`` names.
+
+    Args:
+        work_dir (str | PathLike): The folder of the run, which may have been
+            moved since.
+
+    Returns:
+        str | None: A path or URL, or None if there is none.
+    """
+    try:
+        with open(osp.join(work_dir, NOTE), encoding='utf-8') as file:
+            named = file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not named or '://' in named:
+        return named or None
+    # First where the run is now: of a copy, the old place may still be there.
+    for path in (osp.join(work_dir, osp.basename(named)), named):
+        if osp.exists(path):
+            return path
+    return None
+
+
+def _candidates(work_dir: str) -> Iterator[str]:
+    """List what may be checkpoints of the run, the likeliest first."""
+    named = named_checkpoint(work_dir)
+    if named is not None:
+        yield named
+    if not osp.isdir(work_dir):
+        return
+    with os.scandir(work_dir) as entries:
+        files = [
+            entry
+            for entry in entries
+            if entry.name.endswith('.pth')
+            and not entry.name.startswith(('best_', '.'))
+            and not HASH_IN_NAME.search(entry.name)
+            and entry.is_file()
+        ]
+    for entry in sorted(files, key=lambda e: e.stat().st_mtime_ns, reverse=True):
+        if entry.path != named:
+            yield entry.path
+
+
+def _check_resumable(path: str) -> None:
+    """Read a checkpoint to see whether the Runner can go on from it."""
+    checkpoint = read_checkpoint(path)
+    missing = [
+        key
+        for key in ('state_dict', 'optimizer', 'message_hub')
+        if key not in checkpoint
+    ]
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
+    if missing:
+        raise ValueError(f'it has no {", ".join(missing)}')
+
+
+def find_latest_checkpoint(
+    work_dir: str | os.PathLike, since: float | None = None
+) -> str | None:
+    """Find the newest checkpoint of a run that the run can go on from.
+
+    It is the one that ``last_checkpoint`` names, or else the ``*.pth`` of the
+    folder that was written last; each is read as :func:`read_checkpoint` does.
+    The best ones (``best_*``) and published ones have no state of the optimizer
+    and are passed over. Those that do not open, or lack what it takes, are
+    reported in one warning each.
+
+    Args:
+        work_dir (str | PathLike): The folder of the run. It may have been moved:
+            what ``last_checkpoint`` names is looked for here first.
+        since (float, optional): Pass over files that were last changed before
+            this time, in seconds since the epoch; remote files have none. Defaults
+            to None, which means no limit.
+
+    Returns:
+        str | None: A path or URL, or None if there is no such checkpoint. A
+        folder, which DeepSpeed writes, is not opened.
+    """
+    for path in _candidates(os.fspath(work_dir)):
+        try:
+            if '://' not in path:
+                if since is not None and os.stat(path).st_mtime < since:
+                    continue
+                if osp.isdir(path):
+                    return path
+            _check_resumable(path)
+        # Of damaged bytes, unpickling makes any exception there is.
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            print_log(
+                f'checkpoint {path!r} cannot be resumed from: {lines[0]}',
+                logger='current',
+                level=logging.WARNING,
+            )
+        else:
+            return path
+    return None

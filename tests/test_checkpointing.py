@@ -1,0 +1,600 @@
+"""A good checkpoint is always there, and is what a run goes on from."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from mmengine import fileio
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from mmengine.runner._flexible_runner import FlexibleRunner
+from torch.utils.data import Dataset
+
+from convmlp_mm.checkpoint_io import read_checkpoint
+from convmlp_mm.engine import SafeCheckpointHook, find_latest_checkpoint
+from convmlp_mm.files import remove_leftovers
+from convmlp_mm.storage import AtomicLocalBackend, atomic_local_files
+
+# In bytes: the toy's checkpoint is larger than this, and its logs are smaller.
+LIMIT = 2**20
+
+
+class Toy(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(LIMIT // 2))
+
+    def forward(self, inputs, mode='tensor'):
+        if mode == 'loss':
+            return dict(loss=(self.weight[0] - inputs[0].mean()).square())
+        return inputs
+
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return dict(inputs=torch.ones(3))
+
+
+class Scores(BaseMetric):
+    """What the test says, one score for each validation."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = [list(s) if isinstance(s, tuple) else [s] for s in scores]
+
+    def process(self, *_):
+        self.results.append(0)
+
+    def compute_metrics(self, _):
+        return dict(zip(('acc', 'mAP'), self.scores.pop(0)))
+
+
+class Calls(Hook):
+    """Do something at the beginning of some epochs or before some saves."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, epochs=None, gather=None):
+        self.epochs, self.gather = epochs or {}, gather
+
+    def before_train_epoch(self, runner):
+        self.epochs.get(runner.epoch + 1, lambda: None)()
+
+    def before_gather_state(self, runner):
+        if self.gather is not None:
+            self.gather(runner)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can be larger than LIMIT, for real, and without being root."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def build(
+    work_dir,
+    epochs=1,
+    scores=None,
+    calls=None,
+    by_epoch=True,
+    runner_type=Runner,
+    **options,
+):
+    """A run of two iterations an epoch."""
+    hook = {k: options.pop(k) for k in list(options) if k in ('resume', 'load_from')}
+    sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
+    loader = dict(batch_size=1, num_workers=0, sampler=dict(type=sampler))
+    loop = (
+        dict(by_epoch=True, max_epochs=epochs)
+        if by_epoch
+        else dict(by_epoch=False, max_iters=2 * epochs, val_interval=2)
+    )
+    validation = {}
+    if scores is not None:
+        validation = dict(
+            val_dataloader=dict(
+                loader, dataset=Numbers(), sampler=dict(type='DefaultSampler')
+            ),
+            val_cfg=dict(),
+            val_evaluator=[Scores(scores)],
+        )
+    hooks = dict(checkpoint=dict(type='SafeCheckpointHook', by_epoch=by_epoch))
+    hooks['checkpoint'].update(dict(interval=1) | options)
+    runner = runner_type(
+        Toy(),
+        work_dir=str(work_dir),
+        train_dataloader=dict(loader, dataset=Numbers()),
+        train_cfg=loop,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
+        default_hooks=hooks,
+        custom_hooks=[calls] if calls else [],
+        log_level='WARNING',
+        experiment_name=f'run{time.monotonic_ns()}',
+        **validation,
+        **hook,
+    )
+    return runner
+
+
+def train(work_dir, *args, **kwargs):
+    runner = build(work_dir, *args, **kwargs)
+    runner.train()
+    return runner
+
+
+def saved(folder):
+    """The files but for the configuration, which the Runner writes as well."""
+    files = (p for p in folder.iterdir() if p.is_file() and p.suffix != '.py')
+    return sorted(p.name for p in files)
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in saved(folder)}
+
+
+def info(path):
+    return read_checkpoint(path)['message_hub']['runtime_info']
+
+
+def hook_of(runner):
+    (hook,) = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    return hook
+
+
+def lines(runner):
+    """The lines of the log of level ERROR."""
+    log = os.path.join(runner.log_dir, f'{runner.timestamp}.log')
+    with open(log) as file:
+        return [line for line in file if ' - ERROR - ' in line]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_backend_replaces_whole_files_and_makes_folders(tmp_path):
+    backend = fileio.get_file_backend(backend_args=dict(backend='atomic_local'))
+    assert isinstance(backend, AtomicLocalBackend)
+    path = tmp_path / 'new' / 'a.pth'
+    backend.put(b'long content', path)
+    backend.put(b'short', path)
+    backend.put_text('\N{GREEK SMALL LETTER ALPHA}', tmp_path / 'text', 'utf-16')
+    assert path.read_bytes() == b'short'
+    assert backend.get_text(tmp_path / 'text', 'utf-16') == '\u03b1'
+    copy = backend.copyfile_from_local(path, tmp_path)
+    assert copy == str(tmp_path / 'a.pth') or copy == tmp_path / 'a.pth'
+    with full_disk(), pytest.raises(OSError, match='File too large'):
+        backend.put(bytes(2 * LIMIT), path)
+    assert path.read_bytes() == b'short'
+    assert saved(path.parent) == ['a.pth']
+
+
+def test_local_files_are_atomic_only_where_it_is_asked_for(tmp_path):
+    with atomic_local_files():
+        assert type(fileio.get_file_backend('x')) is AtomicLocalBackend
+        assert type(fileio.get_file_backend('https://x')) is fileio.HTTPBackend
+    assert type(fileio.get_file_backend('x')) is fileio.LocalBackend
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_old_file(tmp_path):
+    train(tmp_path)
+    before = (tmp_path / 'epoch_1.pth').read_bytes()
+    child = (
+        'import os, sys, time\n'
+        'from convmlp_mm.storage import AtomicLocalBackend\n'
+        'def slow(_):\n'
+        '    print("half-way", flush=True)\n'
+        '    time.sleep(600)\n'
+        'os.fsync = slow\n'
+        'AtomicLocalBackend().put(bytes(10**6), sys.argv[1])\n'
+    )
+    command = [sys.executable, '-c', child, str(tmp_path / 'epoch_1.pth')]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b'half-way\n'
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / 'epoch_1.pth').read_bytes() == before
+    (leftover,) = tmp_path.glob('.*.tmp')
+    assert leftover.name.startswith('.epoch_1.pth.')
+    assert [p.name for p in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+    assert find_latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
+
+    (tmp_path / '.mine.tmp').touch()
+    train(tmp_path, 2, resume=True)
+    assert saved(tmp_path) == [
+        '.mine.tmp',
+        'epoch_1.pth',
+        'epoch_2.pth',
+        'last_checkpoint',
+    ]
+
+
+def test_only_unfinished_files_are_taken_for_leftovers(tmp_path):
+    names = ['.a.pth.0_a9zzzz.tmp', '.a.pth.0_a9zzz.tmp', 'a.pth.0_a9zzzz.tmp', '.tmp']
+    for name in names:
+        (tmp_path / name).touch()
+    assert remove_leftovers(tmp_path) == names[:1]
+    assert saved(tmp_path) == sorted(names[1:])
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_old_checkpoint_is_removed_after_the_new_one_is_there(
+    tmp_path, monkeypatch, by_epoch
+):
+    events = []
+    replace, remove = os.replace, fileio.LocalBackend.remove
+    monkeypatch.setattr(
+        os, 'replace', lambda a, b: (replace(a, b), events.append(f'+{b}'))
+    )
+    monkeypatch.setattr(
+        fileio.LocalBackend,
+        'remove',
+        lambda self, path: (remove(self, path), events.append(f'-{path}')),
+    )
+    step = 1 if by_epoch else 2
+    name = 'epoch' if by_epoch else 'iter'
+    train(tmp_path, 3, by_epoch=by_epoch, interval=step, max_keep_ckpts=1)
+    events = [e.replace(f'{tmp_path}/', '') for e in events]
+    new = [f'{name}_{step * i}.pth' for i in (1, 2, 3)]
+    assert events == [
+        *(f'+{new[0]}', '+last_checkpoint'),
+        *(f'+{new[1]}', '+last_checkpoint', f'-{new[0]}'),
+        *(f'+{new[2]}', '+last_checkpoint', f'-{new[1]}'),
+    ]
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / new[2])
+    assert info(tmp_path / new[2])['keep_ckpt_ids'] == [3 * step]
+
+
+def test_former_best_is_removed_once_the_last_checkpoint_knows_the_new_one(
+    tmp_path, monkeypatch
+):
+    removed = []
+    remove = fileio.LocalBackend.remove
+
+    def record(self, path):
+        removed.append((os.path.basename(path), info(tmp_path / 'epoch_2.pth')))
+        remove(self, path)
+
+    monkeypatch.setattr(fileio.LocalBackend, 'remove', record)
+    train(tmp_path, 3, [0.1, 0.3, 0.2], save_best='auto', rule='greater')
+    ((name, known),) = removed
+    assert name == 'best_acc_epoch_1.pth'
+    assert known['best_ckpt'] == str(tmp_path / 'best_acc_epoch_2.pth')
+    assert known['best_score'] == 0.3
+    assert saved(tmp_path) == [
+        'best_acc_epoch_2.pth',
+        *(f'epoch_{i}.pth' for i in (1, 2, 3)),
+        'last_checkpoint',
+    ]
+
+
+def test_each_of_several_metrics_keeps_its_best(tmp_path):
+    scores = [(0.1, 0.5), (0.3, 0.4), (0.2, 0.6)]
+    train(tmp_path, 3, scores, save_best=['acc', 'mAP'], max_keep_ckpts=1)
+    assert saved(tmp_path) == [
+        'best_acc_epoch_2.pth',
+        'best_mAP_epoch_3.pth',
+        'epoch_3.pth',
+        'last_checkpoint',
+    ]
+
+
+def test_what_a_killed_run_had_no_time_to_remove_is_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeCheckpointHook, '_remove_outdated', lambda *_: None)
+        train(tmp_path, 2, max_keep_ckpts=1)
+    assert 'epoch_1.pth' in saved(tmp_path)
+    train(tmp_path, 3, max_keep_ckpts=1, resume=True)
+    assert saved(tmp_path) == ['epoch_3.pth', 'last_checkpoint']
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_full_disk_is_reported_and_training_goes_on(tmp_path, by_epoch):
+    disk = contextlib.ExitStack()
+    calls = Calls({2: lambda: disk.enter_context(full_disk()), 3: disk.close})
+    step, name = (1, 'epoch') if by_epoch else (2, 'iter')
+    if not by_epoch:
+        # Iteration-based loops have one epoch only.
+        times = {2: calls.epochs[2], 4: calls.epochs[3]}
+        calls.before_train_iter = lambda runner, **_: times.get(
+            runner.iter, lambda: None
+        )()
+        calls.epochs = {}
+    options = dict(by_epoch=by_epoch, interval=step, max_keep_ckpts=1)
+    with disk:
+        runner = train(tmp_path, 3, calls=calls, **options)
+    (line,) = lines(runner)
+    assert line.rstrip().endswith(
+        f'cannot save {tmp_path}/{name}_{2 * step}.pth: File too large; the last good '
+        f'checkpoint is {tmp_path}/{name}_{step}.pth; training goes on'
+    )
+    assert saved(tmp_path) == [f'{name}_{3 * step}.pth', 'last_checkpoint']
+    last = info(tmp_path / f'{name}_{3 * step}.pth')
+    assert last['keep_ckpt_ids'] == [3 * step]
+
+
+def test_full_disk_leaves_what_was_there(tmp_path):
+    train(tmp_path, 2, [0.1, 0.2], save_best='acc', max_keep_ckpts=1)
+    files = contents(tmp_path)
+    assert list(files) == [
+        'best_acc_epoch_2.pth',
+        'epoch_2.pth',
+        'last_checkpoint',
+    ]
+    options = dict(resume=True, save_best='acc', max_keep_ckpts=1)
+    seen = []
+    calls = Calls(gather=lambda r: seen.append(dict(r.message_hub.runtime_info)))
+    runner = build(tmp_path, 4, [0.3, 0.4], calls, **options)
+    with full_disk(), pytest.raises(OSError, match='File too large'):
+        runner.train()
+    assert contents(tmp_path) == files
+    # Two epochs, two best ones, and the last epoch again at the end.
+    assert len(lines(runner)) == 5
+    assert lines(runner)[-1].endswith('epoch_2.pth; training ends\n')
+    assert seen[-1]['best_score'] == 0.2
+    assert seen[-1]['best_ckpt'].endswith('best_acc_epoch_2.pth')
+    assert hook_of(runner).best_ckpt_path.endswith('best_acc_epoch_2.pth')
+    state = runner.message_hub.runtime_info
+    assert state['keep_ckpt_ids'] == [2]
+    assert state['last_ckpt'].endswith('epoch_2.pth')
+
+
+def test_flexible_runner_saves_whole_files_too(tmp_path):
+    disk = contextlib.ExitStack()
+    calls = Calls({2: lambda: disk.enter_context(full_disk()), 3: disk.close})
+    options = dict(runner_type=FlexibleRunner, max_keep_ckpts=2)
+    with disk:
+        runner = train(tmp_path, 3, calls=calls, **options)
+    assert len(lines(runner)) == 1
+    assert saved(tmp_path) == ['epoch_1.pth', 'epoch_3.pth', 'last_checkpoint']
+
+
+def test_last_checkpoint_is_tried_again_at_the_end(tmp_path):
+    disk = contextlib.ExitStack()
+    calls = Calls({2: lambda: disk.enter_context(full_disk())})
+    # There is room again when the training is over.
+    calls.after_train = lambda runner: disk.close()
+    with disk:
+        runner = train(tmp_path, 2, calls=calls)
+    assert len(lines(runner)) == 1
+    assert saved(tmp_path) == ['epoch_1.pth', 'epoch_2.pth', 'last_checkpoint']
+    assert read_checkpoint(tmp_path / 'epoch_2.pth')['meta']['epoch'] == 2
+    assert read_checkpoint(tmp_path / 'epoch_2.pth')['meta']['iter'] == 4
+
+
+def test_full_disk_stops_the_run_if_that_is_wanted(tmp_path):
+    disk = contextlib.ExitStack()
+    calls = Calls({2: lambda: disk.enter_context(full_disk())})
+    runner = build(tmp_path, 3, calls=calls, on_save_error='stop')
+    with disk, pytest.raises(OSError, match='File too large'):
+        runner.train()
+    assert runner.epoch == 1
+    (line,) = lines(runner)
+    assert line.endswith('epoch_1.pth; training ends\n')
+    assert saved(tmp_path) == ['epoch_1.pth', 'last_checkpoint']
+
+
+def test_failure_at_the_first_save_says_that_nothing_is_there(tmp_path):
+    runner = build(tmp_path, on_save_error='stop')
+    with full_disk(), pytest.raises(OSError, match='File too large'):
+        runner.train()
+    assert 'there is none yet; training ends' in lines(runner)[0]
+    assert saved(tmp_path) == []
+
+
+def test_unwritable_note_keeps_the_checkpoint_that_it_names(tmp_path):
+    train(tmp_path, max_keep_ckpts=1)
+    (tmp_path / 'last_checkpoint').unlink()
+    (tmp_path / 'last_checkpoint').mkdir()
+    runner = train(tmp_path, 2, max_keep_ckpts=1, resume=True)
+    assert 'last_checkpoint: ' in lines(runner)[0]
+    assert saved(tmp_path) == ['epoch_1.pth', 'epoch_2.pth']
+
+
+def test_other_errors_while_saving_are_not_hidden(tmp_path):
+    def wrong(runner, checkpoint):
+        raise FloatingPointError('NaN in the weights')
+
+    calls = Calls()
+    calls.before_save_checkpoint = wrong
+    with pytest.raises(FloatingPointError, match='NaN in the weights'):
+        train(tmp_path, calls=calls)
+
+
+def rank(number, folder):
+    """One of two processes, the first of which cannot save; write what they come to."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+    torch.distributed.init_process_group(
+        'gloo', f'file://{folder}/store', rank=number, world_size=2
+    )
+
+    def wrong(runner, checkpoint):
+        raise FloatingPointError('NaN in the weights')
+
+    for case in ('continue', 'stop', 'nan'):
+        with contextlib.ExitStack() as disk:
+            calls = Calls()
+            if case == 'nan':
+                calls.before_save_checkpoint = wrong
+            else:
+                calls.epochs[2] = lambda disk=disk: disk.enter_context(full_disk())
+                calls.epochs[3] = disk.close
+            options = dict(on_save_error='stop') if case == 'stop' else {}
+            try:
+                runner = train(
+                    folder / case, 3, None, calls, max_keep_ckpts=1, **options
+                )
+            except Exception as stopped:
+                outcome = f'{type(stopped).__name__}: {stopped}'
+            else:
+                outcome = repr(runner.message_hub.get_info('keep_ckpt_ids'))
+        (folder / f'{case}{number}.txt').write_text(outcome)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_what_could_not_be_saved(tmp_path):
+    torch.multiprocessing.spawn(rank, (tmp_path,), nprocs=2)
+    outcomes = {p.stem: p.read_text() for p in tmp_path.glob('*.txt')}
+    assert outcomes == {
+        'continue0': '[3]',
+        'continue1': '[3]',
+        'stop0': '_NotSaved: File too large',
+        'stop1': '_NotSaved: File too large',
+        'nan0': 'FloatingPointError: NaN in the weights',
+        'nan1': 'RuntimeError: another process cannot save: NaN in the weights',
+    }
+    assert saved(tmp_path / 'continue') == ['epoch_3.pth', 'last_checkpoint']
+    assert saved(tmp_path / 'stop') == ['epoch_1.pth', 'last_checkpoint']
+
+
+def test_what_to_do_about_errors_is_checked():
+    with pytest.raises(ValueError, match="'continue' or 'stop', but got 'abort'"):
+        HOOKS.build(dict(type='SafeCheckpointHook', on_save_error='abort'))
+
+
+def test_other_hooks_are_told_before_each_save(tmp_path):
+    steps = []
+    calls = Calls(gather=lambda runner: steps.append(runner.epoch))
+    train(tmp_path, 2, [0.1, 0.2], calls, save_best='acc')
+    # The epoch, the best one and the epoch again, which then knows the best one.
+    assert steps == [0, 1, 1, 1, 2, 2]
+
+
+def test_published_checkpoint_is_whole(tmp_path):
+    runner = build(tmp_path, published_keys=['meta', 'state_dict'])
+    disk = contextlib.ExitStack()
+    calls = Calls()
+    calls.after_train = lambda runner: disk.enter_context(full_disk())
+    runner.register_hook(calls)
+    with disk:
+        runner.train()
+    assert saved(tmp_path) == ['epoch_1.pth', 'last_checkpoint']
+    assert 'cannot publish' in lines(runner)[0]
+
+    train(tmp_path, published_keys=['meta', 'state_dict'])
+    (published,) = tmp_path.glob('epoch_1-*.pth')
+    assert set(read_checkpoint(published)) == {'meta', 'state_dict'}
+    # It is not taken for one of the run.
+    for name in ('last_checkpoint', 'epoch_1.pth'):
+        (tmp_path / name).unlink()
+    assert find_latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_newest_checkpoint_that_opens_is_taken(tmp_path, capfd, by_epoch):
+    step, name = (1, 'epoch') if by_epoch else (2, 'iter')
+    options = dict(by_epoch=by_epoch, interval=step)
+    train(tmp_path, 3, [0.1, 0.2, 0.3], save_best='acc', **options)
+    newest = tmp_path / f'{name}_{3 * step}.pth'
+    assert find_latest_checkpoint(tmp_path) == str(newest)
+    capfd.readouterr()
+    cut(newest)
+    second = tmp_path / f'{name}_{2 * step}.pth'
+    assert find_latest_checkpoint(str(tmp_path)) == str(second)
+    captured = ''.join(capfd.readouterr())
+    assert captured.count('WARNING') == 1
+    assert f'checkpoint {str(newest)!r} cannot be resumed from: ' in captured
+
+    runner = build(tmp_path, 4, resume=True, **options)
+    resumed = []
+    runner.register_hook(Calls())
+    runner.hooks[0].before_train = lambda r: resumed.append(r.iter)
+    runner.train()
+    assert resumed == [4]
+
+
+def test_folder_without_a_whole_checkpoint_has_none(tmp_path):
+    assert find_latest_checkpoint(tmp_path) is None
+    assert find_latest_checkpoint(tmp_path / 'no') is None
+    train(tmp_path, 1, save_optimizer=False)
+    (tmp_path / 'other.pth').write_bytes(b'')
+    (tmp_path / 'folder.pth').mkdir()
+    assert find_latest_checkpoint(tmp_path) is None
+    (tmp_path / 'last_checkpoint').write_bytes(b'\xff')
+    assert find_latest_checkpoint(tmp_path) is None
+
+
+def test_run_that_was_moved_is_found_where_it_is(tmp_path):
+    train(tmp_path / 'a', 2)
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    moved = str(tmp_path / 'b' / 'epoch_2.pth')
+    assert find_latest_checkpoint(tmp_path / 'b') == moved
+    shutil.rmtree(tmp_path / 'a')
+    assert find_latest_checkpoint(tmp_path / 'b') == moved
+
+
+def test_files_from_before_a_time_are_passed_over(tmp_path):
+    train(tmp_path, 2)
+    newest = tmp_path / 'epoch_2.pth'
+    now = newest.stat().st_mtime
+    assert find_latest_checkpoint(tmp_path, since=now) == str(newest)
+    assert find_latest_checkpoint(tmp_path, since=now + 1) is None
+
+
+def run_from_file(folder, work_dir, start, **changes):
+    """Train as the toolkits' scripts do, and return what was chosen."""
+    file = folder / 'configuration.py'
+    file.write_text(f'load_from = {start!r}\n')
+    cfg = Config.fromfile(file)
+    runner = build(work_dir, 2, resume=True)
+    cfg.merge_from_dict(changes)
+    runner.cfg, runner._load_from = cfg, cfg.load_from
+    # As train() does before it calls the hooks.
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    hook_of(runner).before_run(runner)
+    return runner._resume, runner._load_from
+
+
+def test_first_start_with_resume_takes_load_from_of_the_configuration(tmp_path):
+    train(tmp_path / 'other')
+    weights = str(tmp_path / 'other' / 'epoch_1.pth')
+    work_dir = tmp_path / 'run'
+    # Scripts of mmdet and mmpretrain drop it, that of mmseg keeps it.
+    for changes in ({}, dict(load_from=None)):
+        start = run_from_file(tmp_path, work_dir, weights, **changes)
+        assert start == (False, weights)
+    assert run_from_file(tmp_path, work_dir, None) == (False, None)
+
+    shutil.copytree(tmp_path / 'other', work_dir, dirs_exist_ok=True)
+    newest = str(work_dir / 'epoch_1.pth')
+    for changes in ({}, dict(load_from=None)):
+        start = run_from_file(tmp_path, work_dir, weights, **changes)
+        assert start == (True, newest)
+    # One that is asked for by name.
+    start = run_from_file(tmp_path, work_dir, None, load_from=weights)
+    assert start == (True, weights)
+
+
+def test_first_start_with_resume_loads_the_weights(tmp_path):
+    train(tmp_path / 'other', 2)
+    weights = str(tmp_path / 'other' / 'epoch_2.pth')
+    file = tmp_path / 'configuration.py'
+    file.write_text(f'load_from = {weights!r}\n')
+    runner = build(tmp_path / 'run', resume=True)
+    runner.cfg = Config.fromfile(file)
+    first = []
+    runner.register_hook(
+        Calls({1: lambda: first.append(runner.model.weight[0].item())})
+    )
+    runner.train()
+    loaded = read_checkpoint(weights)['state_dict']['weight'][0]
+    assert first == [float(loaded)] != [0.0]
+    assert runner.iter == 2

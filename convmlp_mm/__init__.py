@@ -15,10 +15,12 @@ from .zoo import config_path, list_models, open_scope
 
 __version__ = '0.1.0'
 __all__ = [
+    'AgreementHook',
     'ChannelsLastHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ConvMLP',
+    'ExactResumeHook',
     'SafeCheckpointHook',
     '__version__',
     'config_path',
@@ -29,23 +31,21 @@ __all__ = [
 
 # They need torch, the import of which is put off until one of them is wanted.
 _LATER = {
+    'AgreementHook': '.engine',
     'ChannelsLastHook': '.engine',
     'CheckWeightsHook': '.engine',
     'CompileBackboneHook': '.engine',
     'ConvMLP': '.convmlp',
+    'ExactResumeHook': '.engine',
     'SafeCheckpointHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-for _hook in (
-    'ChannelsLastHook',
-    'CheckWeightsHook',
-    'CompileBackboneHook',
-    'SafeCheckpointHook',
-):
-    register_lazily(HOOKS, _hook, _LATER[_hook])
+for _name, _module in _LATER.items():
+    if _name.endswith('Hook'):
+        register_lazily(HOOKS, _name, _module)
 open_scope()
 
 

@@ -10,4 +10,9 @@ custom_hooks = [
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
     dict(type='SyncBuffersHook'),
+    # No process trains on from another place than the others, nor with a learning
+    # rate for batches of another size.
+    dict(type='AgreementHook'),
+    # A run that is resumed ends as it would have without the interruption.
+    dict(type='ExactResumeHook'),
 ]

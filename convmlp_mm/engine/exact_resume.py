@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from mmengine.dist import gather_object, get_rank, get_world_size
@@ -13,6 +14,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from .agreement import steps_of
 from .random_state import get_random_state, set_random_state
 
 __all__ = ['ExactResumeHook']
@@ -64,7 +66,7 @@ class ExactResumeHook(Hook):
         Args:
             runner (Runner): The runner.
         """
-        self._gathered = gather_object(_process_state(runner.model)) or []
+        self._gathered = gather_object(self._process_state(runner)) or []
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the state; not to the best checkpoints, which have no optimizer.
@@ -78,16 +80,29 @@ class ExactResumeHook(Hook):
         gathered, self._gathered = self._gathered, None
         if gathered is None:
             # A hook that does not ask the other processes.
-            gathered = [_process_state(runner.model)] if get_world_size() == 1 else []
+            gathered = [self._process_state(runner)] if get_world_size() == 1 else []
         meta = checkpoint['meta']
         # Of an epoch that is over, the start of the next has not been noted yet.
         over = meta['epoch'] > runner.epoch
         checkpoint[KEY] = dict(
             seed=runner.seed,
+            steps=steps_of(runner),
             batches=0 if over else meta['iter'] - self._epoch_start,
             validated=self._validated_at == meta['iter'],
             processes=gathered,
         )
+
+    def _process_state(self, runner: Runner) -> dict:
+        """Return what differs between processes."""
+        grads = [p.grad for p in runner.model.parameters()]
+        # A best checkpoint has the latest saved again while it is validated.
+        random = self._before_val or get_random_state()
+        state = dict(random=random, grads=None, buffers=None)
+        if any(grad is not None for grad in grads):
+            state['grads'] = [None if g is None else g.detach().cpu() for g in grads]
+        if get_world_size() > 1:
+            state['buffers'] = [b.detach().cpu() for b in runner.model.buffers()]
+        return state
 
     # Resuming
 
@@ -108,7 +123,8 @@ class ExactResumeHook(Hook):
         Args:
             runner (Runner): The runner, which has loaded the checkpoint.
         """
-        self._epoch_start = runner.iter
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        self._epoch_start = runner.iter if by_epoch else 0
         state, self._state = self._state, None
         if state is None:
             return
@@ -119,6 +135,8 @@ class ExactResumeHook(Hook):
         elif len(processes) != get_world_size():
             of = f'that of {len(processes)}' if processes else 'no'
             _warn(f'it has {of} state of processes, but there are {get_world_size()}')
+        elif state['steps'] != steps_of(runner):
+            _warn('the size of its steps was another')
         else:
             self._restore(runner, loop, state, processes[get_rank()])
 
@@ -130,17 +148,16 @@ class ExactResumeHook(Hook):
         def restore_numbers() -> None:
             set_random_state(process['random'])
 
-        batches = state['batches']
-        by_epoch = isinstance(loop, EpochBasedTrainLoop)
         _build_loader_again(runner, loop, state['seed'])
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
         if by_epoch:
-            self._skipped = batches
-            self._epoch_start = runner.iter - batches
-            if batches:
-                _Remainder.put_into(loop.dataloader, batches, restore_numbers)
-                _shift_batch_index(loop, batches)
+            self._skipped = state['batches']
+            self._epoch_start = runner.iter - self._skipped
+            if self._skipped:
+                _Remainder.of_epoch(loop.dataloader, self._skipped, restore_numbers)
+                _shift_batch_index(loop, self._skipped)
         else:
-            passes = _Remainder.put_into(loop.dataloader, batches, restore_numbers)
+            passes = _Remainder.of_passes(loop.dataloader, runner.iter, restore_numbers)
             loop.dataloader_iterator = _Advanced(loop, passes)
         if not state['validated']:
             _validate_if_due(runner, loop, by_epoch)
@@ -185,6 +202,7 @@ class ExactResumeHook(Hook):
             runner (Runner): The runner.
         """
         set_random_state(self._before_val)
+        self._before_val = None
 
 
 def _warn(reason: str) -> None:
@@ -194,17 +212,6 @@ def _warn(reason: str) -> None:
         'current',
         logging.WARNING,
     )
-
-
-def _process_state(model: torch.nn.Module) -> dict:
-    """Return what differs between processes."""
-    grads = [p.grad for p in model.parameters()]
-    state = dict(random=get_random_state(), grads=None, buffers=None)
-    if any(grad is not None for grad in grads):
-        state['grads'] = [None if g is None else g.detach().cpu() for g in grads]
-    if get_world_size() > 1:
-        state['buffers'] = [b.detach().cpu() for b in model.buffers()]
-    return state
 
 
 def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
@@ -270,23 +277,42 @@ class _Remainder:
     """A batch sampler whose first round is what is left of one.
 
     Args:
-        batch_sampler (Iterable): The whole.
-        batches (Iterator): What is left of it.
+        loader (DataLoader): One that has not been used. It gets the new sampler.
+        rest (Callable): Returns the batches that are left.
         begin (Callable): Called before the first batch, once the loader has drawn
             the random number that it begins with.
     """
 
     def __init__(
-        self, batch_sampler: object, batches: Iterator, begin: Callable[[], None]
+        self,
+        loader: DataLoader,
+        rest: Callable[[], Iterator],
+        begin: Callable[[], None],
     ) -> None:
-        self.batch_sampler = batch_sampler
-        self.first = (batches, begin)
+        self.batch_sampler = loader.batch_sampler
+        self.first = (rest, begin)
+        # torch forbids the assignment, lest a sampler change under a loader in use.
+        vars(loader)['batch_sampler'] = self
 
     @classmethod
-    def put_into(
+    def of_epoch(
+        cls, loader: DataLoader, count: int, begin: Callable[[], None]
+    ) -> None:
+        """Skip batches of the first epoch, of which the sampler hears later.
+
+        Args:
+            loader (DataLoader): It is changed.
+            count (int): How many to skip.
+            begin (Callable): See above.
+        """
+        whole = loader.batch_sampler
+        cls(loader, lambda: islice(iter(whole), count, None), begin)
+
+    @classmethod
+    def of_passes(
         cls, loader: DataLoader, count: int, begin: Callable[[], None]
     ) -> int:
-        """Skip batches of a loader that has not been used.
+        """Skip batches of a loader that is begun again whenever it ends.
 
         Args:
             loader (DataLoader): It is changed.
@@ -294,7 +320,7 @@ class _Remainder:
             begin (Callable): See above.
 
         Returns:
-            int: How many times all of the data have been seen.
+            int: How often it has ended.
         """
         whole, passes = loader.batch_sampler, 0
         batches = iter(whole)
@@ -304,15 +330,15 @@ class _Remainder:
                 _set_epoch(loader, passes)
                 batches = iter(whole)
                 next(batches)
-        # torch forbids the assignment, lest a sampler change under a loader in use.
-        vars(loader)['batch_sampler'] = cls(whole, batches, begin)
+        cls(loader, lambda: batches, begin)
         return passes
 
     def __iter__(self) -> Iterator:
         if self.first is None:
             yield from self.batch_sampler
             return
-        (batches, begin), self.first = self.first, None
+        (rest, begin), self.first = self.first, None
+        batches = rest()
         begin()
         yield from batches
 

@@ -453,11 +453,15 @@ def rank(number, folder):
 def test_processes_agree_on_what_could_not_be_saved(tmp_path):
     torch.multiprocessing.spawn(rank, (tmp_path,), nprocs=2)
     outcomes = {p.stem: p.read_text() for p in tmp_path.glob('*.txt')}
+    stopped = (
+        f'OSError: cannot save {tmp_path}/stop/epoch_2.pth: File too large; the last '
+        f'good checkpoint is {tmp_path}/stop/epoch_1.pth; training ends'
+    )
     assert outcomes == {
         'continue0': '[3]',
         'continue1': '[3]',
-        'stop0': '_NotSaved: File too large',
-        'stop1': '_NotSaved: File too large',
+        'stop0': stopped,
+        'stop1': stopped,
         'nan0': 'FloatingPointError: NaN in the weights',
         'nan1': 'RuntimeError: another process cannot save: NaN in the weights',
     }

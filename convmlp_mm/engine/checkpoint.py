@@ -241,8 +241,7 @@ class SafeCheckpointHook(CheckpointHook):
             else:
                 self.best_ckpt_path_dict[key[1:]] = path
 
-        former, saved = paths(), set()
-        failed = []
+        former, saved, failed = paths(), set(), []
 
         def save(out_dir: str, filename: str, **kwargs) -> None:
             (key,) = [k for k, p in paths().items() if p and k not in saved]
@@ -262,10 +261,7 @@ class SafeCheckpointHook(CheckpointHook):
         try:
             super()._save_best_checkpoint(_SavingRunner(runner, save), metrics)
         except _NotSaved as error:
-            # Not those of a checkpoint that was tried after all the best ones.
-            if not failed:
-                raise
-            (key, path) = failed[0]
+            ((key, path),) = failed
             _restore(hub, [f'best_{what}{key}' for what in ('score', 'ckpt')], before)
             self._report(runner, error, path)
         finally:
@@ -317,9 +313,10 @@ class SafeCheckpointHook(CheckpointHook):
         good = f'the last good checkpoint is {good}' if good else 'there is none yet'
         stop = final or self.on_save_error == 'stop'
         then = 'training ends' if stop else 'training goes on'
-        runner.logger.error(f'cannot {what} {path}: {_reason(error)}; {good}; {then}')
+        message = f'cannot {what} {path}: {_reason(error)}; {good}; {then}'
+        runner.logger.error(message)
         if stop:
-            raise error
+            raise OSError(message) from error
 
     def _remove_outdated(self, runner: Runner) -> None:
         """Remove what has been replaced; what cannot be is tried again."""

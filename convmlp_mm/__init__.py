@@ -18,6 +18,7 @@ __all__ = [
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ConvMLP',
+    'PreemptionHook',
     '__version__',
     'config_path',
     'get_inferencer',
@@ -31,12 +32,18 @@ _LATER = {
     'CheckWeightsHook': '.engine',
     'CompileBackboneHook': '.engine',
     'ConvMLP': '.convmlp',
+    'PreemptionHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-for _hook in ('ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook'):
+for _hook in (
+    'ChannelsLastHook',
+    'CheckWeightsHook',
+    'CompileBackboneHook',
+    'PreemptionHook',
+):
     register_lazily(HOOKS, _hook, _LATER[_hook])
 open_scope()
 

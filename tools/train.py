@@ -6,12 +6,14 @@ import os.path as osp
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 from convmlp_mm.cli import (
     add_common_arguments,
     build_runner,
     check_data,
+    checkpoint_of_restart,
+    final_mistakes,
+    latest_checkpoint,
     load_config,
     one_line_errors,
 )
@@ -67,9 +69,12 @@ def prepare(args: argparse.Namespace) -> Config:
                 'configuration, which has none'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume == 'auto':
+    saved = checkpoint_of_restart(cfg.work_dir, args.resume)
+    if saved is not None:
+        cfg.resume, cfg.load_from = True, saved
+    elif args.resume == 'auto':
         # With nothing to resume, load_from of the configuration stays.
-        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        cfg.resume = latest_checkpoint(cfg.work_dir) is not None
         if cfg.resume:
             cfg.load_from = None
     elif args.resume is not None:
@@ -86,7 +91,8 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    build_runner(cfg).train()
+    with final_mistakes():
+        build_runner(cfg).train()
 
 
 if __name__ == '__main__':

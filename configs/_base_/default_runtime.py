@@ -10,4 +10,6 @@ custom_hooks = [
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
     dict(type='SyncBuffersHook'),
+    # SIGTERM and SIGUSR1 save a checkpoint and stop, for clusters that preempt.
+    dict(type='PreemptionHook'),
 ]

@@ -355,7 +355,8 @@ def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
     Returns:
         str, optional: Its path; None in the first attempt, and if there is none.
     """
-    if not int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    attempt = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
+    if not any(int(os.environ.get(name, 0)) for name in attempt):
         return None
     since = float(os.environ.get('CONVMLP_MM_LAUNCH_TIME', 'inf'))
     return latest_checkpoint(work_dir, None if resume == 'auto' else since)

@@ -1,26 +1,21 @@
 """torchrun, for runs that are stopped, fail for good, or lose a process.
 
 ``tools/dist_run.sh`` runs it as ``python -m convmlp_mm.elastic`` with the options of
-torchrun. It is torchrun but for three things:
+torchrun. It is torchrun but for two things:
 
-- A process that ends with an exit code of :data:`FINAL` is not started again, and the
-  launcher ends with that code on all machines.
+- When a process ends with an exit code of :data:`FINAL`, none is started again, and
+  the launcher ends with that code.
 - SIGTERM and SIGUSR1 are passed on to the processes, which then have all the time
   that they need; torchrun kills them after 30 seconds.
-- When a process of one machine dies, those of the others are started again at once.
-  They would otherwise wait until a collective operation fails.
-
-It needs the static rendezvous, where the first machine has the first ranks and
-MASTER_PORT is the only port that torchrun listens at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
-import time
 
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
@@ -28,32 +23,37 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import (
     LocalElasticAgent,
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
 from .launch import MISTAKE, PREEMPTED
 
-__all__ = ['FINAL', 'Agent', 'check_port', 'main']
+__all__ = ['FINAL', 'Agent', 'check_port', 'main', 'own_address']
 
 FINAL = (PREEMPTED, MISTAKE)
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Agent(LocalElasticAgent):
-    """The part of torchrun that watches the processes of one machine."""
+    """The part of torchrun that watches the processes of one machine.
 
+    The processes find in ``CONVMLP_MM_ATTEMPT`` how often they have been started
+    before. ``TORCHELASTIC_RESTART_COUNT`` does not count what another machine caused.
+    """
+
+    _attempt = -1
     _stopping = False
 
     def _pass_on(self, signum: int, frame: object) -> None:
         self._stopping = True
-        if self._pcontext is None:
-            raise SystemExit(PREEMPTED)
         for pid in self._pcontext.pids().values():
-            try:
+            # A process that has ended is not there.
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
-            except ProcessLookupError:
-                continue
 
     def _start_workers(self, worker_group):
+        self._attempt += 1
+        os.environ['CONVMLP_MM_ATTEMPT'] = str(self._attempt)
         pids = super()._start_workers(worker_group)
         # torchrun has just installed its own handlers.
         for number in PASSED_ON:
@@ -62,29 +62,14 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        several = worker_group.group_world_size > 1
-        attempt = worker_group.spec.max_restarts - self._remaining_restarts
         if result.state == WorkerState.FAILED:
             codes = {failure.exitcode for failure in result.failures.values()}
-            final = [code for code in FINAL if code in codes]
-            if self._stopping and not final:
-                # Asked to stop before it trained.
-                final = [PREEMPTED]
-            if final:
-                if several:
-                    worker_group.store.set('final', str(final[0]))
-                    # The first machine has the store, from which the others read.
-                    time.sleep(2 * worker_group.spec.monitor_interval + 1)
-                raise SystemExit(final[0])
-            if several:
-                worker_group.store.set(f'failed_{attempt}', '1')
-        elif several and result.state == WorkerState.HEALTHY:
-            if worker_group.store.check(['final']):
-                raise SystemExit(int(worker_group.store.get('final')))
-            if worker_group.store.check([f'failed_{attempt}']):
-                if not self._remaining_restarts:
-                    raise SystemExit(1)
-                return RunResult(state=WorkerState.UNHEALTHY)
+            for code in FINAL:
+                if code in codes:
+                    raise SystemExit(code)
+            if self._stopping:
+                # Asked to stop before there was anything to save.
+                raise SystemExit(PREEMPTED)
         return result
 
 
@@ -106,15 +91,43 @@ def check_port(port: int) -> None:
         ) from None
 
 
+def own_address(host: str, port: int) -> str:
+    """Return the address by which this machine talks to another.
+
+    Args:
+        host (str): Name or address of the other, or of this one.
+        port (int): Any port; nothing is sent.
+
+    Returns:
+        str: The address.
+
+    Raises:
+        OSError: If there is no way to the host.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, proto) as talk:
+            talk.connect(address)
+            return talk.getsockname()[0]
+    except OSError as error:
+        raise OSError(f'MASTER_ADDR {host!r} cannot be reached: {error}') from None
+
+
 def main() -> None:
     """Run torchrun with the arguments of the command line."""
     options = run.parse_args(sys.argv[1:])
-    if options.node_rank == 0:
-        try:
-            check_port(options.master_port)
-        except (OSError, OverflowError) as error:
-            print(f'dist_run.sh: error: {error}', file=sys.stderr)
-            sys.exit(MISTAKE)
+    host, port = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=-1)
+    try:
+        if options.node_rank == 0:
+            check_port(port)
+        # By default they would look for each other by the names of the machines, which
+        # not every network knows.
+        options.local_addr = options.local_addr or own_address(host, port)
+    except (OSError, OverflowError) as error:
+        print(f'dist_run.sh: error: {error}', file=sys.stderr)
+        sys.exit(MISTAKE)
     api.LocalElasticAgent = Agent
     try:
         run.run(options)

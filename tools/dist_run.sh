@@ -48,11 +48,15 @@ fi
 # Processes that are started again go on from what was saved since.
 CONVMLP_MM_LAUNCH_TIME=$(date +%s)
 export CONVMLP_MM_LAUNCH_TIME
+# With the static rendezvous of torchrun, what the first attempt left in its store stops
+# the second.
 exec python -m convmlp_mm.elastic \
     --nnodes "$NNODES" \
     --node_rank "$NODE_RANK" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" \
-    --master_port "$PORT" \
+    --rdzv_backend c10d \
+    --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:$PORT" \
+    --rdzv_id convmlp_mm \
+    --rdzv_conf "is_host=$((NODE_RANK == 0))" \
     --nproc_per_node "$n" \
     --max_restarts "$MAX_RESTARTS" \
     --monitor_interval 1 \

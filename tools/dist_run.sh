@@ -48,8 +48,10 @@ fi
 # Processes that are started again go on from what was saved since.
 CONVMLP_MM_LAUNCH_TIME=$(date +%s)
 export CONVMLP_MM_LAUNCH_TIME
-# With the static rendezvous of torchrun, what the first attempt left in its store stops
-# the second.
+# What the first attempt has left in a store makes the second look for processes that
+# are gone: the static rendezvous has one store for all attempts, and so has the dynamic
+# one from torch 2.4 on without this variable.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec python -m convmlp_mm.elastic \
     --nnodes "$NNODES" \
     --node_rank "$NODE_RANK" \

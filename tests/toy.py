@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from mmengine.dist import get_rank
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from torch.utils.data import Dataset
 
 # Iterations of an epoch in one process.
@@ -26,6 +27,9 @@ sampler = dict(type='{sampler}', shuffle=True)
 train_dataloader = dict(
     dataset=dict(type='Numbers', length={length}), batch_size=2, num_workers=0,
     sampler=sampler, drop_last=True, collate_fn=dict(type='default_collate'))
+test_dataloader = train_dataloader
+test_evaluator = dict(type='Count')
+test_cfg = dict()
 train_cfg = {train_cfg!r}
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
 default_hooks = dict(
@@ -46,7 +50,19 @@ class Toy(BaseModel):
             raise ValueError('this model cannot be built')
 
     def forward(self, inputs, mode='tensor'):
-        return dict(loss=self.linear(inputs).square().mean())
+        outputs = self.linear(inputs).square()
+        if mode == 'predict':
+            return [dict(output=output) for output in outputs]
+        return dict(loss=outputs.mean())
+
+
+@METRICS.register_module(force=True)
+class Count(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results):
+        return dict(count=len(results))
 
 
 @DATASETS.register_module(force=True)
@@ -68,7 +84,8 @@ class Numbers(Dataset):
 class SignalOnce(Hook):
     """Send a signal to this process after an iteration, if ``marker`` is not there.
 
-    ``group`` sends it to the whole process group.
+    ``group`` sends it to the whole process group. Each iteration takes ``every``
+    seconds more.
     """
 
     def __init__(self, marker, name, iteration, rank=0, group=False, every=0.0):

@@ -115,9 +115,7 @@ def test_stop_at_the_end_of_an_epoch_saves_once(tmp_path, interval, expected):
     assert (meta['epoch'], meta['iter']) == (1, LENGTH)
 
 
-@pytest.mark.parametrize(
-    ('at', 'expected'), [(3, ['iter_3.pth']), (4, ['iter_4.pth'])]
-)
+@pytest.mark.parametrize(('at', 'expected'), [(3, ['iter_3.pth']), (4, ['iter_4.pth'])])
 def test_iteration_based_run_stops_and_goes_on(tmp_path, at, expected):
     options = dict(iters=6, checkpoint=dict(interval=4, by_epoch=False))
     hooks = [stopping(tmp_path, at)]
@@ -155,8 +153,11 @@ def test_workers_of_the_data_loader_survive_a_signal_to_the_group(tmp_path):
     if child == 0:
         os.setpgid(0, 0)
         loader = 'train_dataloader.update(num_workers=1, persistent_workers=True)'
-        path = write_config(tmp_path / 'toy.py', [stopping(tmp_path, 2, group=True)])
-        path.write_text(f'{path.read_text()}{loader}\n')
+        # Time for the end of a worker to be noticed.
+        hooks = [stopping(tmp_path, 1, group=True, every=0.3)]
+        path = write_config(tmp_path / 'toy.py', hooks)
+        lines = path.read_text(), loader, 'custom_hooks[0].update(interval=3)\n'
+        path.write_text('\n'.join(lines))
         cfg = Config.fromfile(path)
         cfg.work_dir, cfg.experiment_name = str(tmp_path / 'work'), tmp_path.name
         code = 1
@@ -168,4 +169,4 @@ def test_workers_of_the_data_loader_survive_a_signal_to_the_group(tmp_path):
             os._exit(code)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == PREEMPTED
-    assert files(tmp_path) == ['iter_2.pth']
+    assert files(tmp_path) == ['iter_3.pth']

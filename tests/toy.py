@@ -5,6 +5,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -101,7 +102,9 @@ class SignalOnce(Hook):
         if not self.marker.exists():
             self.marker.write_text('')
             if self.group:
-                os.killpg(os.getpgid(0), self.signal)
+                # From outside: a worker obeys its parent.
+                command = ['kill', '-s', self.signal.name[3:], f'-{os.getpgid(0)}']
+                subprocess.run(command, start_new_session=True, check=True)
             else:
                 os.kill(os.getpid(), self.signal)
 

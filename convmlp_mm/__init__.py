@@ -22,6 +22,7 @@ __all__ = [
     'ConvMLP',
     'ExactResumeHook',
     'SafeCheckpointHook',
+    'PreemptionHook',
     '__version__',
     'config_path',
     'get_inferencer',
@@ -38,6 +39,7 @@ _LATER = {
     'ConvMLP': '.convmlp',
     'ExactResumeHook': '.engine',
     'SafeCheckpointHook': '.engine',
+    'PreemptionHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }

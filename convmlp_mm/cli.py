@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import os
 import os.path as osp
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -21,13 +23,16 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
 from .checkpoint_io import read_checkpoint
-from .launch import keep_memory
+from .engine.latest import find_latest_checkpoint
+from .launch import MISTAKE, keep_memory
 
 __all__ = [
     'add_cfg_options',
     'add_common_arguments',
     'build_runner',
     'check_data',
+    'checkpoint_of_restart',
+    'final_mistakes',
     'load_config',
     'merge_options',
     'one_line_errors',
@@ -55,7 +60,37 @@ def one_line_errors() -> Iterator[None]:
         message = error.args[0] if isinstance(error, KeyError) else error
         program = osp.basename(sys.argv[0])
         print(f'{program}: error: {message}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
+
+
+# They come again however often one tries, unlike those of memory, disks and networks.
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    FileNotFoundError,
+    ImportError,
+    LookupError,
+    NameError,
+    PermissionError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def final_mistakes() -> Iterator[None]:
+    """Tell a launcher that restarts not to do so after a mistake of the user's.
+
+    The stack trace stays. Without such a launcher nothing changes.
+    """
+    try:
+        yield
+    except MISTAKES:
+        if 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.exit(MISTAKE)
 
 
 class _CfgOptions(DictAction):
@@ -284,6 +319,25 @@ def check_gpus() -> None:
         )
 
 
+def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
+    """Return where to go on when torchrun has started the processes again.
+
+    Args:
+        work_dir (str): The folder of the run.
+        resume (str, optional): The value of ``--resume``: with ``'auto'``, any
+            checkpoint in the folder counts, otherwise only one that was saved since
+            the launch, of which tools/dist_run.sh notes the time.
+
+    Returns:
+        str, optional: Its path; None in the first attempt, and if there is none.
+    """
+    attempt = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
+    if not any(int(os.environ.get(name, 0)) for name in attempt):
+        return None
+    since = float(os.environ.get('CONVMLP_MM_LAUNCH_TIME', 'inf'))
+    return find_latest_checkpoint(work_dir, None if resume == 'auto' else since)
+
+
 def build_runner(cfg: Config) -> Runner:
     """Build the Runner of a configuration, where there is no GPU for the CPU.
 
@@ -298,10 +352,12 @@ def build_runner(cfg: Config) -> Runner:
         Runner: Of the type ``runner_type``, if the configuration has it.
     """
     read_weights_only()
+    if cfg.launcher == 'slurm':
+        read_slurm()
     if get_device() == 'cpu':
         keep_memory()
         _fit_to_cpu(cfg)
-        if cfg.launcher == 'pytorch':
+        if cfg.launcher in ('pytorch', 'slurm'):
             _prepare_gloo(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
@@ -359,6 +415,39 @@ def plain_optim_wrapper(wrapper: dict) -> bool:
         wrapper.pop(key, None)
     wrapper['type'] = 'OptimWrapper'
     return True
+
+
+def read_slurm() -> None:
+    """Put what srun tells a process into the variables that torchrun would set.
+
+    What is set already stays. mmengine does the same where there are GPUs, but with
+    port 29500, at which two jobs on a machine meet; here it depends on the job.
+
+    Raises:
+        ValueError: If srun has not started this process, or the address of the first
+            machine cannot be found.
+    """
+    env = os.environ
+    missing = [k for k in ('SLURM_PROCID', 'SLURM_NTASKS') if k not in env]
+    if missing:
+        raise ValueError(
+            f'--launcher slurm is for processes that srun has started, but '
+            f'{" and ".join(missing)} are not in the environment'
+        )
+    env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
+    env['LOCAL_RANK'] = env.get('SLURM_LOCALID', '0')
+    env.setdefault('MASTER_PORT', str(15000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
+    if 'MASTER_ADDR' not in env:
+        nodes = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_NODELIST', '')
+        try:
+            names = subprocess.check_output(
+                ['scontrol', 'show', 'hostnames', nodes], text=True
+            )
+            env['MASTER_ADDR'] = names.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise ValueError(
+                f'scontrol does not tell the first host of {nodes!r}; set MASTER_ADDR'
+            ) from None
 
 
 def _prepare_gloo(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a process that computes on a CPU."""
+"""Settings of a process, and the exit codes that launchers understand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import ctypes
 import os
 import sys
 
-__all__ = ['keep_memory']
+__all__ = ['MISTAKE', 'PREEMPTED', 'keep_memory']
+
+# Exit codes after which starting again in the same way is of no use: what the user
+# has to mend, as argparse has it; and saved and stopped, for another allocation.
+# tools/slurm_run.sh knows the second.
+MISTAKE, PREEMPTED = 2, 85
 
 # Parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

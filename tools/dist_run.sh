@@ -7,9 +7,29 @@ script=$1
 n=$2
 shift 2
 
-if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then
-    echo "dist_run.sh: error: the number of processes must be 1 or more, but got '$n'" >&2
+fail() {
+    echo "dist_run.sh: error: $1" >&2
     exit 2
+}
+if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then
+    fail "the number of processes must be 1 or more, but got '$n'"
+fi
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} PORT=${PORT:-29500}
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+for name in NNODES NODE_RANK PORT MAX_RESTARTS; do
+    if ! [[ ${!name} =~ ^[0-9]+$ ]]; then
+        fail "$name must be a number, but is '${!name}'"
+    fi
+done
+if ((NODE_RANK >= NNODES)); then
+    fail "NODE_RANK must be below NNODES, which is $NNODES, but is $NODE_RANK"
+fi
+if ((NNODES > 1)) && [ -z "${MASTER_ADDR:-}" ]; then
+    fail 'MASTER_ADDR must be an address of the machine with NODE_RANK 0'
+fi
+# A test has nothing to go on from.
+if [ "$script" != train.py ]; then
+    MAX_RESTARTS=0
 fi
 
 export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
@@ -25,10 +45,21 @@ if ! command -v nvidia-smi > /dev/null; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
 
-exec python -m torch.distributed.run \
-    --nnodes "${NNODES:-1}" \
-    --node_rank "${NODE_RANK:-0}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" \
-    --master_port "${PORT:-29500}" \
+# Processes that are started again go on from what was saved since.
+CONVMLP_MM_LAUNCH_TIME=$(date +%s)
+export CONVMLP_MM_LAUNCH_TIME
+# What the first attempt has left in a store makes the second look for processes that
+# are gone: the static rendezvous has one store for all attempts, and so has the dynamic
+# one from torch 2.4 on without this variable.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec python -m convmlp_mm.elastic \
+    --nnodes "$NNODES" \
+    --node_rank "$NODE_RANK" \
+    --rdzv_backend c10d \
+    --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:$PORT" \
+    --rdzv_id convmlp_mm \
+    --rdzv_conf "is_host=$((NODE_RANK == 0))" \
     --nproc_per_node "$n" \
+    --max_restarts "$MAX_RESTARTS" \
+    --monitor_interval 1 \
     "$tools/$script" "$@" --launcher pytorch

@@ -11,6 +11,8 @@ from convmlp_mm.cli import (
     add_common_arguments,
     build_runner,
     check_data,
+    checkpoint_of_restart,
+    final_mistakes,
     load_config,
     one_line_errors,
 )
@@ -67,7 +69,10 @@ def prepare(args: argparse.Namespace) -> Config:
                 'configuration, which has none'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume == 'auto':
+    saved = checkpoint_of_restart(cfg.work_dir, args.resume)
+    if saved is not None:
+        cfg.resume, cfg.load_from = True, saved
+    elif args.resume == 'auto':
         # With nothing to resume, load_from of the configuration stays.
         newest = find_latest_checkpoint(cfg.work_dir)
         cfg.resume = newest is not None
@@ -87,7 +92,8 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    build_runner(cfg).train()
+    with final_mistakes():
+        build_runner(cfg).train()
 
 
 if __name__ == '__main__':

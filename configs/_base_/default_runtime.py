@@ -15,4 +15,6 @@ custom_hooks = [
     dict(type='AgreementHook'),
     # A run that is resumed ends as it would have without the interruption.
     dict(type='ExactResumeHook'),
+    # SIGTERM and SIGUSR1 save a checkpoint and stop, for clusters that preempt.
+    dict(type='PreemptionHook'),
 ]

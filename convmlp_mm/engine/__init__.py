@@ -5,6 +5,7 @@ from .checkpoint import SafeCheckpointHook
 from .exact_resume import ExactResumeHook
 from .latest import find_latest_checkpoint
 from .model_hooks import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
+from .preemption import PreemptionHook
 
 __all__ = [
     'AgreementHook',
@@ -12,6 +13,7 @@ __all__ = [
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ExactResumeHook',
+    'PreemptionHook',
     'SafeCheckpointHook',
     'find_latest_checkpoint',
 ]

@@ -1,0 +1,236 @@
+"""Runs of several processes, as the launchers start, restart and end them."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from toy import LENGTH, write_config
+
+from convmlp_mm import cli, elastic
+from convmlp_mm.launch import MISTAKE, PREEMPTED
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+
+
+def free_port():
+    with socket.create_server(('', 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(**changes):
+    names = ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'MAX_RESTARTS', 'CONVMLP_MM_ATTEMPT')
+    env = {key: value for key, value in os.environ.items() if key not in names}
+    env = {**env, 'OMP_NUM_THREADS': '1', 'PORT': str(free_port())}
+    return {**env, **{key: str(value) for key, value in changes.items()}}
+
+
+def bash(*command, cwd, **env):
+    return subprocess.run(
+        ['bash', *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=400,
+        env=environment(**env),
+    )
+
+
+def kill(tmp_path, **changes):
+    marker = str(tmp_path / 'marker')
+    return dict(type='SignalOnce', marker=marker, name='SIGKILL', **changes)
+
+
+@pytest.mark.slow
+def test_killed_process_is_started_again_and_goes_on(tmp_path):
+    hooks = [kill(tmp_path, iteration=LENGTH + 2, rank=1)]
+    config = write_config(tmp_path / 'toy.py', hooks, world_size=2)
+    done = bash(TOOLS / 'dist_train.sh', config, 2, '--work-dir', 'work', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'exitcode: -9' in done.stderr
+    log = done.stdout + done.stderr
+    assert log.count(f'resumed epoch: 1, iter: {LENGTH}') == 1
+    assert (tmp_path / 'work' / 'epoch_2.pth').is_file()
+
+
+@pytest.mark.slow
+def test_signal_to_the_launcher_saves_and_goes_through(tmp_path):
+    hooks = [kill(tmp_path, iteration=-1, every=0.2)]
+    config = write_config(tmp_path / 'toy.py', hooks, epochs=100, world_size=2)
+    command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', 'work']
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        run = subprocess.Popen(
+            ['bash', *map(str, command)],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        for _ in range(400):
+            if re.search(r'Epoch\(train\) *\[1\]', log.read_text()):
+                break
+            assert run.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.2)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=200) == PREEMPTED
+    finally:
+        run.kill()
+    text = log.read_text()
+    saved = Path((tmp_path / 'work' / 'last_checkpoint').read_text())
+    assert saved.is_file() and text.count('Stopped by a signal') == 1
+    assert text.count('Checkpoints will be saved to') == 1
+
+
+@pytest.mark.slow
+def test_mistake_is_not_tried_again(tmp_path):
+    model = dict(type='Toy', broken=True)
+    config = write_config(tmp_path / 'toy.py', world_size=1, model=model)
+    done = bash(TOOLS / 'dist_train.sh', config, 1, cwd=tmp_path)
+    assert done.returncode == MISTAKE
+    last = [x for x in done.stderr.splitlines() if x.startswith('ValueError')]
+    assert last == ['ValueError: this model cannot be built']
+
+
+def test_port_in_use_is_named_before_anything_starts(monkeypatch, capsys):
+    with socket.create_server(('', 0)) as server:
+        port = server.getsockname()[1]
+        options = ['--rdzv_endpoint', f'127.0.0.1:{port}', 'train.py']
+        monkeypatch.setattr('sys.argv', ['elastic.py', *options])
+        with pytest.raises(SystemExit) as stop:
+            elastic.main()
+    assert stop.value.code == MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f'error: port {port} of this machine' in line and 'set PORT' in line
+
+
+def test_address_of_this_machine_is_the_one_that_reaches_the_other():
+    assert elastic.own_address('127.0.0.1', 1) == '127.0.0.1'
+    with pytest.raises(OSError, match="MASTER_ADDR 'no.such.host.invalid' cannot"):
+        elastic.own_address('no.such.host.invalid', 1)
+
+
+@pytest.mark.slow
+def test_two_machines_survive_a_kill_on_the_second(tmp_path):
+    tool = TOOLS / 'dev' / 'two_nodes.sh'
+    tried = bash(tool, 'true', cwd=tmp_path)
+    if tried.returncode == 77 or not shutil.which('ip'):
+        pytest.skip(f'no network namespaces here: {tried.stderr.strip()}')
+    hooks = [kill(tmp_path, iteration=LENGTH + 2, rank=1)]
+    config = write_config(tmp_path / 'toy.py', hooks, world_size=2)
+    command = [tool, 'bash', TOOLS / 'dist_train.sh', config, 1, '--work-dir', 'work']
+    done = bash(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'exitcode: -9' in done.stderr
+    log = done.stdout + done.stderr
+    assert f'resumed epoch: 1, iter: {LENGTH}' in log
+    assert (tmp_path / 'work' / 'epoch_2.pth').is_file()
+
+
+@pytest.mark.parametrize(
+    ('variables', 'fragment'),
+    [
+        (dict(PORT='http'), "PORT must be a number, but is 'http'"),
+        (dict(MAX_RESTARTS='-1'), "MAX_RESTARTS must be a number, but is '-1'"),
+        (dict(NNODES=2, NODE_RANK=2, MASTER_ADDR='a'), 'NODE_RANK must be below'),
+        (dict(NNODES=2), 'MASTER_ADDR must be an address'),
+    ],
+)
+def test_variables_of_dist_run_are_checked(tmp_path, variables, fragment):
+    done = bash(TOOLS / 'dist_train.sh', 'x.py', 1, cwd=tmp_path, **variables)
+    assert done.returncode == 2 and fragment in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ('tool', 'least'), [('slurm_train.sh', 3), ('slurm_test.sh', 4)]
+)
+def test_slurm_launchers_say_how_they_are_used(tmp_path, tool, least):
+    done = bash(TOOLS / tool, *['x'] * (least - 1), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'usage: {tool} PARTITION JOB_NAME CONFIG')
+    done = bash(TOOLS / tool, *['x'] * least, cwd=tmp_path, GPUS='many')
+    assert done.returncode == 2
+    assert "GPUS must be 1 or more, but is 'many'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (['work', '--amp'], '--work-dir work --amp --launcher slurm'),
+        (['--amp'], '--amp --seed 1 --launcher slurm'),
+    ],
+)
+def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
+    # What would be run; a real SLURM is in tools/dev.
+    (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / 'srun').chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS=4, SRUN_ARGS='--x --y')
+    env['PY_ARGS'] = '' if 'work' in options else '--seed 1'
+    tool = TOOLS / 'slurm_train.sh'
+    done = bash(tool, 'part', 'a job', 'c.py', *options, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert '--ntasks=4 --ntasks-per-node=4 --cpus-per-task=5' in done.stdout
+    assert '--partition=part --job-name=a job --gres=gpu:4' in done.stdout
+    assert ' --x --y python -u ' in done.stdout
+    assert done.stdout.endswith(f'train.py c.py {expected}\n')
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A work dir whose newest checkpoint was written at second 1000."""
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'')
+    os.utime(path, (1000, 1000))
+    (tmp_path / 'last_checkpoint').write_text(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ('attempt', 'launched', 'resume', 'found'),
+    [
+        (0, 900, 'auto', False),
+        (1, 900, None, True),
+        (1, 1100, None, False),
+        (1, 1100, 'auto', True),
+        (1, 900, 'other.pth', True),
+        (1, 1100, 'other.pth', False),
+        (1, None, None, False),
+    ],
+)
+def test_restart_goes_on_from_what_this_launch_saved(
+    saved, tmp_path, monkeypatch, attempt, launched, resume, found
+):
+    monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
+    monkeypatch.setenv('CONVMLP_MM_ATTEMPT', str(attempt))
+    monkeypatch.delenv('CONVMLP_MM_LAUNCH_TIME', raising=False)
+    if launched is not None:
+        monkeypatch.setenv('CONVMLP_MM_LAUNCH_TIME', str(launched))
+    path = cli.checkpoint_of_restart(str(tmp_path), resume)
+    assert path == (saved if found else None)
+
+
+SLURM = dict(SLURM_PROCID='3', SLURM_NTASKS='4', SLURM_LOCALID='1')
+
+
+def test_slurm_tells_the_ranks(monkeypatch):
+    for key in ('MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in {**SLURM, 'SLURM_JOB_ID': '70123', 'MASTER_ADDR': 'a'}.items():
+        monkeypatch.setenv(key, value)
+    cli.read_slurm()
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    assert [os.environ[n] for n in names] == ['3', '4', '1', 'a', '15123']
+
+
+def test_slurm_launcher_without_srun_is_named(monkeypatch):
+    for key in SLURM:
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(ValueError, match='SLURM_PROCID and SLURM_NTASKS are not'):
+        cli.read_slurm()

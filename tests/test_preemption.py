@@ -1,0 +1,172 @@
+"""A run that a signal stops saves, exits with the agreed code and can go on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import Runner
+from toy import LENGTH, write_config
+
+from convmlp_mm import PreemptionHook
+from convmlp_mm.launch import PREEMPTED
+
+
+def stopping(tmp_path, iteration, name='SIGTERM', **changes):
+    marker = str(tmp_path / 'marker')
+    return dict(
+        type='SignalOnce', marker=marker, name=name, iteration=iteration, **changes
+    )
+
+
+def train(tmp_path, hooks=(), resume=False, **changes):
+    """Train in this process; returns the exit code and the runner."""
+    cfg = Config.fromfile(write_config(tmp_path / 'toy.py', hooks, **changes))
+    cfg.work_dir, cfg.resume = str(tmp_path / 'work'), resume
+    cfg.experiment_name = f'{tmp_path.name}{resume}'
+    runner = Runner.from_cfg(cfg)
+    try:
+        runner.train()
+    except SystemExit as stop:
+        return stop.code, runner
+    return 0, runner
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    names = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(name) for name in names]
+    yield
+    for name, handler in zip(names, before):
+        signal.signal(name, handler)
+
+
+def files(tmp_path):
+    return sorted(path.name for path in (tmp_path / 'work').glob('*.pth'))
+
+
+def last(tmp_path):
+    return Path((tmp_path / 'work' / 'last_checkpoint').read_text()).name
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'named'),
+    [
+        (dict(signals='SIGTERM'), "'SIGTERM'"),
+        (dict(signals=('SIGKILL',)), 'SIGKILL'),
+        (dict(signals=[]), r'\[\]'),
+        (dict(interval=0), '0'),
+        (dict(interval=True), 'True'),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, named):
+    (key,) = arguments
+    with pytest.raises(ValueError, match=f'{key} of PreemptionHook .*{named}'):
+        PreemptionHook(**arguments)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_stop_in_an_epoch_saves_beside_the_counted_files(tmp_path, name):
+    checkpoint = dict(interval=1, by_epoch=True, max_keep_ckpts=1)
+    hooks = [stopping(tmp_path, LENGTH + 2, name)]
+    code, runner = train(tmp_path, hooks, checkpoint=checkpoint)
+    assert code == PREEMPTED
+    assert files(tmp_path) == ['epoch_1.pth', f'iter_{LENGTH + 2}.pth']
+    assert last(tmp_path) == f'iter_{LENGTH + 2}.pth'
+    saved = torch.load(tmp_path / 'work' / last(tmp_path), weights_only=False)
+    assert saved['meta']['epoch'] == 1
+    assert saved['meta']['iter'] == LENGTH + 2
+    assert saved['optimizer']['state']
+    for key, value in runner.model.state_dict().items():
+        assert torch.equal(saved['state_dict'][key], value)
+    (hook,) = (h for h in runner.hooks if isinstance(h, CheckpointHook))
+    assert hook.by_epoch and hook.filename_tmpl == 'epoch_{}.pth'
+    assert list(hook.keep_ckpt_ids) == [1]
+
+    # A later regular checkpoint takes its place.
+    code, _ = train(tmp_path, hooks, checkpoint=checkpoint, resume=True)
+    assert code == 0
+    assert files(tmp_path) == ['epoch_2.pth']
+
+
+def test_second_stop_replaces_the_file_of_the_first(tmp_path):
+    checkpoint = dict(interval=3, by_epoch=True)
+    train(tmp_path, [stopping(tmp_path, 2)], checkpoint=checkpoint)
+    assert files(tmp_path) == ['iter_2.pth']
+    (tmp_path / 'marker').unlink()
+    hooks = [stopping(tmp_path, 3)]
+    code, _ = train(tmp_path, hooks, checkpoint=checkpoint, resume=True)
+    assert code == PREEMPTED
+    assert files(tmp_path) == ['iter_3.pth'] and last(tmp_path) == 'iter_3.pth'
+
+
+@pytest.mark.parametrize(
+    ('interval', 'expected'), [(1, ['epoch_1.pth']), (5, [f'iter_{LENGTH}.pth'])]
+)
+def test_stop_at_the_end_of_an_epoch_saves_once(tmp_path, interval, expected):
+    checkpoint = dict(interval=interval, by_epoch=True)
+    code, _ = train(tmp_path, [stopping(tmp_path, LENGTH)], checkpoint=checkpoint)
+    assert code == PREEMPTED
+    assert files(tmp_path) == expected
+    meta = torch.load(tmp_path / 'work' / expected[0], weights_only=False)['meta']
+    assert (meta['epoch'], meta['iter']) == (1, LENGTH)
+
+
+@pytest.mark.parametrize(('at', 'expected'), [(3, ['iter_3.pth']), (4, ['iter_4.pth'])])
+def test_iteration_based_run_stops_and_goes_on(tmp_path, at, expected):
+    options = dict(iters=6, checkpoint=dict(interval=4, by_epoch=False))
+    hooks = [stopping(tmp_path, at)]
+    assert train(tmp_path, hooks, **options)[0] == PREEMPTED
+    assert files(tmp_path) == expected
+    code, runner = train(tmp_path, hooks, resume=True, **options)
+    assert code == 0 and runner.iter == 6
+    assert files(tmp_path) == ['iter_4.pth', 'iter_6.pth']
+
+
+def test_finished_run_ends_as_it_would(tmp_path):
+    code, _ = train(tmp_path, [stopping(tmp_path, LENGTH)], epochs=1)
+    assert code == 0 and files(tmp_path) == ['epoch_1.pth']
+
+
+def test_signals_are_given_back(tmp_path):
+    assert train(tmp_path, epochs=1)[0] == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_interval_puts_the_stop_off(tmp_path):
+    cfg = Config.fromfile(
+        write_config(tmp_path / 'toy.py', [stopping(tmp_path, 2)], epochs=3)
+    )
+    cfg.work_dir, cfg.experiment_name = str(tmp_path / 'work'), tmp_path.name
+    cfg.custom_hooks[0].interval = 3
+    with pytest.raises(SystemExit):
+        Runner.from_cfg(cfg).train()
+    assert last(tmp_path) == 'iter_3.pth'
+
+
+@pytest.mark.slow
+def test_workers_of_the_data_loader_survive_a_signal_to_the_group(tmp_path):
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        loader = 'train_dataloader.update(num_workers=1, persistent_workers=True)'
+        # Time for the end of a worker to be noticed.
+        hooks = [stopping(tmp_path, 1, group=True, every=0.3)]
+        path = write_config(tmp_path / 'toy.py', hooks)
+        lines = path.read_text(), loader, 'custom_hooks[0].update(interval=3)\n'
+        path.write_text('\n'.join(lines))
+        cfg = Config.fromfile(path)
+        cfg.work_dir, cfg.experiment_name = str(tmp_path / 'work'), tmp_path.name
+        code = 1
+        try:
+            Runner.from_cfg(cfg).train()
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == PREEMPTED
+    assert files(tmp_path) == ['iter_3.pth']

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from toy import LENGTH, write_config
 
 from convmlp_mm import cli, elastic
@@ -186,7 +187,8 @@ def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
 def saved(tmp_path):
     """A work dir whose newest checkpoint was written at second 1000."""
     path = tmp_path / 'epoch_1.pth'
-    path.write_bytes(b'')
+    content = dict(meta=dict(epoch=1, iter=2), optimizer={}, message_hub={})
+    torch.save(content, path)
     os.utime(path, (1000, 1000))
     (tmp_path / 'last_checkpoint').write_text(str(path))
     return str(path)
@@ -221,7 +223,9 @@ SLURM = dict(SLURM_PROCID='3', SLURM_NTASKS='4', SLURM_LOCALID='1')
 
 def test_slurm_tells_the_ranks(monkeypatch):
     for key in ('MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        monkeypatch.delenv(key, raising=False)
+        # So that what it sets is taken back.
+        monkeypatch.setenv(key, '')
+        monkeypatch.delenv(key)
     for key, value in {**SLURM, 'SLURM_JOB_ID': '70123', 'MASTER_ADDR': 'a'}.items():
         monkeypatch.setenv(key, value)
     cli.read_slurm()

@@ -1,7 +1,8 @@
 """A run that a signal stops saves, exits with the agreed code and can go on."""
 
-import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from toy import LENGTH, write_config
 
 from convmlp_mm import PreemptionHook
 from convmlp_mm.launch import PREEMPTED
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def stopping(tmp_path, iteration, name='SIGTERM', **changes):
@@ -149,24 +152,15 @@ def test_interval_puts_the_stop_off(tmp_path):
 
 @pytest.mark.slow
 def test_workers_of_the_data_loader_survive_a_signal_to_the_group(tmp_path):
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        loader = 'train_dataloader.update(num_workers=1, persistent_workers=True)'
-        # Time for the end of a worker to be noticed.
-        hooks = [stopping(tmp_path, 1, group=True, every=0.3)]
-        path = write_config(tmp_path / 'toy.py', hooks)
-        lines = path.read_text(), loader, 'custom_hooks[0].update(interval=3)\n'
-        path.write_text('\n'.join(lines))
-        cfg = Config.fromfile(path)
-        cfg.work_dir, cfg.experiment_name = str(tmp_path / 'work'), tmp_path.name
-        code = 1
-        try:
-            Runner.from_cfg(cfg).train()
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == PREEMPTED
+    loader = 'train_dataloader.update(num_workers=1, persistent_workers=True)'
+    # Time for the end of a worker to be noticed.
+    hooks = [stopping(tmp_path, 1, group=True, every=0.3)]
+    path = write_config(tmp_path / 'toy.py', hooks)
+    lines = path.read_text(), loader, 'custom_hooks[0].update(interval=3)\n'
+    path.write_text('\n'.join(lines))
+    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(path)]
+    command += ['--work-dir', str(tmp_path / 'work')]
+    # A process group of its own.
+    done = subprocess.run(command, start_new_session=True)
+    assert done.returncode == PREEMPTED
     assert files(tmp_path) == ['iter_3.pth']

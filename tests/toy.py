@@ -6,6 +6,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,7 +104,8 @@ class SignalOnce(Hook):
             self.marker.write_text('')
             if self.group:
                 # From outside: a worker obeys its parent.
-                command = ['kill', '-s', self.signal.name[3:], f'-{os.getpgid(0)}']
+                code = f'import os; os.killpg({os.getpgid(0)}, {int(self.signal)})'
+                command = [sys.executable, '-c', code]
                 subprocess.run(command, start_new_session=True, check=True)
             else:
                 os.kill(os.getpid(), self.signal)

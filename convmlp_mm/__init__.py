@@ -15,9 +15,11 @@ from .zoo import config_path, list_models, open_scope
 __version__ = '0.1.0'
 __all__ = [
     'ChannelsLastHook',
+    'CheckDataHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ConvMLP',
+    'FiniteLossHook',
     '__version__',
     'config_path',
     'get_inferencer',
@@ -28,15 +30,23 @@ __all__ = [
 # They need torch, the import of which is put off until one of them is wanted.
 _LATER = {
     'ChannelsLastHook': '.engine',
+    'CheckDataHook': '.engine',
     'CheckWeightsHook': '.engine',
     'CompileBackboneHook': '.engine',
     'ConvMLP': '.convmlp',
+    'FiniteLossHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-for _hook in ('ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook'):
+for _hook in (
+    'ChannelsLastHook',
+    'CheckDataHook',
+    'CheckWeightsHook',
+    'CompileBackboneHook',
+    'FiniteLossHook',
+):
     register_lazily(HOOKS, _hook, _LATER[_hook])
 open_scope()
 

@@ -21,6 +21,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
 from .checkpoint_io import read_checkpoint
+from .data_checks import check_while_reading
 from .launch import keep_memory
 
 __all__ = [
@@ -298,6 +299,7 @@ def build_runner(cfg: Config) -> Runner:
         Runner: Of the type ``runner_type``, if the configuration has it.
     """
     read_weights_only()
+    check_while_reading(cfg.get('default_scope'))
     if get_device() == 'cpu':
         keep_memory()
         _fit_to_cpu(cfg)

@@ -102,37 +102,38 @@ def _shorten(names: list[str]) -> str:
 
 
 def _watch(dataset: object, classes: list[str]) -> None:
-    """Put :class:`_Watched` around what loads images and label maps."""
+    """Put :class:`_Watched` around the transforms."""
     transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', None)
     ignored = getattr(dataset, 'ignore_index', 255)
     for i, transform in enumerate(transforms or []):
-        kinds = {kind.__name__ for kind in type(transform).__mro__}
-        if 'LoadImageFromFile' in kinds:
-            transforms[i] = _Watched(transform, _check_image, (len(classes),))
-        elif 'LoadAnnotations' in kinds:
-            transforms[i] = _Watched(
-                transform, _check_label_map, (len(classes), ignored)
-            )
+        if not isinstance(transform, _Watched):
+            transforms[i] = _Watched(transform, len(classes), ignored)
 
 
 class _Watched:
-    """A transform after which its result is checked."""
+    """A transform whose errors name the image, and whose results are checked."""
 
-    def __init__(self, transform: Callable, check: Callable, limits: tuple) -> None:
-        self.transform, self.check, self.limits = transform, check, limits
+    def __init__(self, transform: Callable, num_classes: int, ignored: int) -> None:
+        self.transform, self.num_classes, self.ignored = transform, num_classes, ignored
+        kinds = {kind.__name__ for kind in type(transform).__mro__}
+        self.loads_image = 'LoadImageFromFile' in kinds
+        self.loads_labels = 'LoadAnnotations' in kinds
 
     def __call__(self, results: dict) -> dict | None:
+        # Transforms change it.
+        source = _source(results)
         try:
             loaded = self.transform(results)
         except Exception as error:
             # OpenCV says neither what it was given nor, in one line, what is wrong.
             reason = ' '.join(str(error).split()) or type(error).__name__
+            what = 'loaded' if self.loads_image or self.loads_labels else 'used'
             name = type(self.transform).__name__
-            raise ValueError(
-                f'{_source(results)} cannot be loaded ({name}): {reason}'
-            ) from error
-        if loaded is not None:
-            self.check(loaded, *self.limits)
+            raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
+        if loaded is not None and self.loads_image:
+            _check_image(loaded, self.num_classes)
+        if loaded is not None and self.loads_labels:
+            _check_label_map(loaded, self.num_classes, self.ignored)
         return loaded
 
     def __repr__(self) -> str:

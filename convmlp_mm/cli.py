@@ -21,6 +21,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
 from .checkpoint_io import read_checkpoint
+from .config_checks import check_optimizer, check_settings, read_config
 from .data_checks import check_while_reading
 from .launch import keep_memory
 
@@ -135,7 +136,7 @@ def load_config(args: argparse.Namespace) -> Config:
     check_gpus()
     if not osp.isfile(args.config):
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -211,7 +212,7 @@ def _set_num_classes(cfg: Config, old: int, new: int) -> None:
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check that the files that the data sets and metrics name are there.
+    """Check the settings, and that what the data sets and metrics name is there.
 
     Args:
         cfg (Config): The configuration.
@@ -221,7 +222,11 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     Raises:
         FileNotFoundError: If a folder or file is not; the message names it and
             the key of the configuration.
+        IsADirectoryError: If a file is a folder.
+        NotADirectoryError: If a folder is a file.
+        ValueError: See :func:`convmlp_mm.config_checks.check_settings`.
     """
+    check_settings(cfg, splits)
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if loader is not None:
@@ -263,11 +268,15 @@ def _check_dataset(dataset: ConfigDict, key: str) -> None:
 
 def _check_path(path: str, key: str, what: str) -> None:
     """Let remote paths pass: only the run can tell."""
-    if '://' in path or osp.exists(osp.expanduser(path)):
+    if '://' in path:
         return
-    raise FileNotFoundError(
-        f'{what} {path!r} does not exist (named by {key} in the configuration)'
-    )
+    found, named = osp.expanduser(path), f'(named by {key} in the configuration)'
+    if not osp.exists(found):
+        raise FileNotFoundError(f'{what} {path!r} does not exist {named}')
+    if what == 'annotation file' and osp.isdir(found):
+        raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
+    if what == 'data folder' and not osp.isdir(found):
+        raise NotADirectoryError(f'{what} {path!r} is a file {named}')
 
 
 def check_gpus() -> None:
@@ -305,7 +314,9 @@ def build_runner(cfg: Config) -> Runner:
         _fit_to_cpu(cfg)
         if cfg.launcher == 'pytorch':
             _prepare_gloo(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    check_optimizer(cfg)
+    return runner
 
 
 def read_weights_only() -> None:

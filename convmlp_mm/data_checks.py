@@ -210,7 +210,9 @@ def check_while_reading(scope: str | None) -> None:
     Args:
         scope (str, optional): ``default_scope`` of the configuration.
     """
-    if not hasattr(BaseDataset._serialize_data, 'checks'):
+    if not hasattr(BaseDataset.full_init, 'checks'):
+        BaseDataset.full_init = _name_data(BaseDataset.full_init)
+        # mmdet has a full_init of its own.
         BaseDataset._serialize_data = _refuse_nothing(BaseDataset._serialize_data)
     if scope != 'mmdet':
         return
@@ -220,20 +222,44 @@ def check_while_reading(scope: str | None) -> None:
         CocoDataset.COCOAPI = _checked(CocoDataset.COCOAPI)
 
 
+class _NoImagesError(ValueError):
+    pass
+
+
+def _describe(dataset: BaseDataset) -> str:
+    sources = {'ann_file': dataset.ann_file, **(dataset.data_prefix or {})}
+    return ', '.join(f'{key} {value!r}' for key, value in sources.items() if value)
+
+
+def _name_data(full_init: Callable) -> Callable:
+    """Make a method whose errors name the files."""
+
+    def checked(self: BaseDataset) -> None:
+        try:
+            full_init(self)
+        except _NoImagesError:
+            raise
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(
+                f'{_type(self)} cannot read its data ({_describe(self)}): '
+                f'{_type(error)}: {error}'
+            ) from error
+
+    checked.checks = True
+    return checked
+
+
 def _refuse_nothing(serialize: Callable) -> Callable:
     """Make a method that names the data set where mmengine fails to concatenate."""
 
     def checked(self: BaseDataset) -> tuple[np.ndarray, np.ndarray]:
         if not self.data_list:
-            sources = {'ann_file': self.ann_file, **(self.data_prefix or {})}
-            sources = ', '.join(f'{k} {v!r}' for k, v in sources.items() if v)
-            raise ValueError(
-                f'{_type(self)} has no images with annotations ({sources}; '
-                f'filter_cfg is {self.filter_cfg}, indices is {self._indices})'
+            raise _NoImagesError(
+                f'{_type(self)} has no images ({_describe(self)}; filter_cfg is '
+                f'{self.filter_cfg}, indices is {self._indices})'
             )
         return serialize(self)
 
-    checked.checks = True
     return checked
 
 

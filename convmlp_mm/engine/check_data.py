@@ -9,9 +9,10 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from ..convmlp import ConvMLP
 from .model_hooks import _unwrap
 
 __all__ = ['CheckDataHook']
@@ -40,16 +41,19 @@ class CheckDataHook(Hook):
             runner (Runner): The runner.
 
         Raises:
-            ValueError: If a data set is empty, or the number of classes of a head
-                is not that of a data set.
+            ValueError: If a data set is empty, the number of classes of a head is
+                not that of a data set, or the neck takes other channels than the
+                backbone gives.
         """
+        model = _unwrap(runner.model)
+        _check_neck(model)
         for split in ('train', 'val', 'test'):
             loop = getattr(runner, f'_{split}_loop')
             if not isinstance(loop, BaseLoop):
                 continue
             for dataset in _leaves(loop.dataloader.dataset):
                 classes = _classes(dataset, split)
-                _check_heads(_unwrap(runner.model), classes, dataset, split)
+                _check_heads(model, classes, dataset, split)
                 _watch(dataset, classes)
 
 
@@ -76,6 +80,18 @@ def _classes(dataset: object, split: str) -> list[str]:
     if hasattr(dataset, '__len__') and not len(dataset):
         raise ValueError(f'{key} ({type(dataset).__name__}) has no images')
     return list(classes or [])
+
+
+def _check_neck(model: nn.Module) -> None:
+    backbone = getattr(model, 'backbone', None)
+    taken = getattr(getattr(model, 'neck', None), 'in_channels', None)
+    if not isinstance(backbone, ConvMLP) or not isinstance(taken, (list, tuple)):
+        return
+    if tuple(taken) != tuple(backbone.out_channels):
+        raise ValueError(
+            f'model.neck.in_channels is {list(taken)}, but the backbone gives '
+            f'{list(backbone.out_channels)} channels'
+        )
 
 
 def _check_heads(
@@ -125,8 +141,7 @@ class _Watched:
         try:
             loaded = self.transform(results)
         except Exception as error:
-            # OpenCV says neither what it was given nor, in one line, what is wrong.
-            reason = ' '.join(str(error).split()) or type(error).__name__
+            reason = _explain(error, results, self.loads_image, self.loads_labels)
             what = 'loaded' if self.loads_image or self.loads_labels else 'used'
             name = type(self.transform).__name__
             raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
@@ -142,9 +157,27 @@ class _Watched:
 
 def _source(results: dict) -> str:
     source = f'image {results.get("img_path")!r}'
+    if results.get('ori_shape') is not None:
+        height, width = results['ori_shape'][:2]
+        source += f' ({width}x{height} pixels)'
     if results.get('seg_map_path'):
         source += f' with label map {results["seg_map_path"]!r}'
     return source
+
+
+def _explain(
+    error: Exception, results: dict, loads_image: bool, loads_labels: bool
+) -> str:
+    """Say in one line what OpenCV and Pillow do not: what was wrong with the file."""
+    path = results.get('img_path' if loads_image else 'seg_map_path')
+    if (loads_image or loads_labels) and isinstance(path, str) and osp.isfile(path):
+        if not osp.getsize(path):
+            return 'the file is empty'
+        if isinstance(error, (AssertionError, UnidentifiedImageError)):
+            return 'it is damaged or no image'
+    # Of cv2.error: without the line of OpenCV's source.
+    reason = getattr(error, 'err', None) or str(error) or type(error).__name__
+    return ' '.join(str(reason).split())
 
 
 def _check_image(results: dict, num_classes: int) -> None:
@@ -156,7 +189,7 @@ def _check_image(results: dict, num_classes: int) -> None:
     if None not in said and said != tuple(results['ori_shape']):
         height, width = results['ori_shape']
         raise ValueError(
-            f'{_source(results)} is {width}x{height} pixels, but {said[1]}x{said[0]} '
+            f'image {path!r} has {width}x{height} pixels, but {said[1]}x{said[0]} '
             'by its annotations'
         )
     labels = np.atleast_1d(results.get('gt_label', []))
@@ -166,7 +199,7 @@ def _check_image(results: dict, num_classes: int) -> None:
         and not 0 <= labels.min() <= labels.max() < num_classes
     ):
         raise ValueError(
-            f'{_source(results)} has the label {labels.tolist()}, but there are '
+            f'image {path!r} has the label {labels.tolist()}, but there are '
             f'{num_classes} classes, numbered from 0'
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import os.path as osp
 from collections.abc import Callable
 from numbers import Real
@@ -66,6 +67,7 @@ def check_settings(cfg: Config, splits: tuple[str, ...]) -> None:
 
     Raises:
         NotADirectoryError: If a part of ``work_dir`` is a file.
+        PermissionError: If ``work_dir`` cannot be written.
         ValueError: If a number is none, or out of its range.
     """
     sections = [f'{split}_dataloader' for split in splits]
@@ -80,12 +82,21 @@ def check_settings(cfg: Config, splits: tuple[str, ...]) -> None:
             if value is not None and not is_right(value):
                 raise ValueError(f'{section}.{key} must be {allowed}, but is {value!r}')
     folder = cfg.get('work_dir')
-    while folder and not osp.isdir(folder):
+    if not folder:
+        return
+    folder = osp.abspath(osp.expanduser(folder))
+    while not osp.isdir(folder):
         if osp.lexists(folder):
             raise NotADirectoryError(
                 f'work_dir {cfg.work_dir!r} cannot be made: {folder!r} is a file'
             )
         folder = osp.dirname(folder)
+    # Permissions, and file systems that are mounted for reading only.
+    effective = os.access in os.supports_effective_ids
+    if not os.access(folder, os.W_OK, effective_ids=effective):
+        raise PermissionError(
+            f'work_dir {cfg.work_dir!r} cannot be written: {folder!r} is not writable'
+        )
 
 
 def check_optimizer(cfg: Config) -> None:

@@ -52,7 +52,9 @@ CONFIGS = {
 default_scope = 'mmdet'
 model = dict(
     type='RetinaNet',
-    data_preprocessor=dict(type='DetDataPreprocessor', pad_size_divisor=32, **preprocessor),
+    data_preprocessor=dict(
+        type='DetDataPreprocessor', pad_size_divisor=32, **preprocessor
+    ),
     backbone=backbone,
     neck=dict(type='FPN', in_channels=[8, 8, 16, 16], out_channels=8, num_outs=5),
     bbox_head=dict(

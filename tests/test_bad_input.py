@@ -171,7 +171,7 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
     ids=lambda value: '-'.join(value[:1] + value[-1:]) if len(value) > 2 else '',
 )
 def test_other_tools_say_what_is_wrong(paths, tool, command, words):
-    tiny.write_config(paths.config, 'detector', paths.data)
+    tiny.write_config(paths.config, 'classifier', paths.data)
     folder = paths.data.parent
     (folder / 'empty').mkdir()
     (folder / 'full').mkdir()

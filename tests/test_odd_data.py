@@ -21,7 +21,6 @@ PICTURES = {
     'wide.jpg': (8, 20000, 3),
     'high.png': (5000, 3, 3),
     'plain.jpg': (tiny.HEIGHT, tiny.WIDTH, 3),
-    # Twice, so that a segmentor has whole batches.
     'turned.jpg': (tiny.WIDTH, tiny.HEIGHT, 3),
 }
 

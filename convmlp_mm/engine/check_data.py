@@ -226,11 +226,14 @@ def _check_label_map(results: dict, num_classes: int, ignored: int) -> None:
     labels = results.get('gt_seg_map')
     if labels is None:
         return
-    path = results.get('seg_map_path')
-    if labels.shape != tuple(results['ori_shape']):
+    path, shape = results.get('seg_map_path'), tuple(results['ori_shape'])
+    if 1 in shape and labels.size == np.prod(shape):
+        # mmseg squeezes those that are one pixel high or wide.
+        labels = results['gt_seg_map'] = labels.reshape(shape)
+    if labels.shape != shape:
         raise ValueError(
             f'label map {path!r} has the shape {labels.shape}, but its image '
-            f'{results.get("img_path")!r} has {tuple(results["ori_shape"])}'
+            f'{results.get("img_path")!r} has {shape}'
         )
     # Those of mmdet have stuff in them that no head counts.
     if not num_classes or 'reduce_zero_label' not in results:

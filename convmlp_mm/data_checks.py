@@ -1,8 +1,8 @@
 """Checks of annotations while the toolkits read them.
 
-An annotation file of COCO's size takes many seconds to parse, so that nothing here
-reads one a second time. What the toolkits would drop, mix up or answer with an
-unrelated error is refused with the name of the file.
+An annotation file of COCO's size takes many seconds to parse: nothing here reads it a
+second time. What the toolkits would drop, mix up or answer with an unrelated error is
+refused with the name of the file.
 """
 
 from __future__ import annotations
@@ -63,21 +63,22 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
 def _check_boxes(annotations: list[dict], sizes: np.ndarray, where: str) -> None:
     """Check boxes and masks; ``sizes`` is the (N, 2) of their images."""
     boxes = _column(annotations, 'bbox', 'annotations', where)
-    wrong = [not isinstance(b, (list, tuple)) or len(b) != 4 for b in boxes]
-    what = 'a bbox that is not [x, y, width, height]'
-    _refuse(wrong, annotations, what, 'annotations', where)
     try:
-        boxes = np.array(boxes, float)
+        array, problem = np.array(boxes, float), ''
     except (TypeError, ValueError) as error:
-        raise ValueError(f'{where}: bbox in annotations: {error}') from error
-    what = 'NaN or Inf in bbox'
+        array, problem = np.empty(0), f' ({error})'
+    if array.shape != (len(boxes), 4):
+        wrong = [not _is_box(box) for box in boxes]
+        what = f'a bbox that is not [x, y, width, height]{problem}'
+        _refuse(wrong, annotations, what, 'annotations', where)
+    boxes, what = array, 'NaN or Inf in bbox'
     _refuse(~np.isfinite(boxes).all(1), annotations, what, 'annotations', where)
     # Run-length codes know the size of the image.
-    wrong = [
-        isinstance(a.get('segmentation'), dict)
-        and a['segmentation'].get('size') != [size[1], size[0]]
-        for a, size in zip(annotations, sizes.tolist())
-    ]
+    wrong = np.zeros(len(boxes), bool)
+    for i, annotation in enumerate(annotations):
+        if isinstance(annotation.get('segmentation'), dict):
+            width, height = sizes[i]
+            wrong[i] = annotation['segmentation'].get('size') != [height, width]
     what = 'a segmentation whose size is not [height, width] of its image'
     _refuse(wrong, annotations, what, 'annotations', where)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
@@ -97,6 +98,14 @@ def _check_boxes(annotations: list[dict], sizes: np.ndarray, where: str) -> None
                 'current',
                 logging.WARNING,
             )
+
+
+def _is_box(value: object) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 4
+        and all(isinstance(part, (int, float)) for part in value)
+    )
 
 
 def _type(value: object) -> str:

@@ -172,7 +172,7 @@ ANNOTATIONS = [
          spoil=in_first('annotations', bbox=[1, 2, float('nan'), 4])),
     case('box of three numbers', DET, ['not [x, y, width, height]', 'annotations 1'],
          spoil=in_first('annotations', bbox=[1, 2, 3])),
-    case('box of text', DET, ["boxes.json'", 'bbox', "'wide'"],
+    case('box of text', DET, ["boxes.json'", 'a bbox that is not', "'wide'"],
          spoil=in_first('annotations', bbox=[1, 2, 'wide', 4])),
     case('no area', DET, ["no 'area' in annotations[0]"],
          spoil=edit(lambda content: content['annotations'][0].pop('area') and None)),

@@ -293,7 +293,7 @@ def _checked(api: type) -> type:
                 ) from error
             check_annotations(self.dataset, self.path)
 
-        def get_cat_ids(self, cat_names=(), **kwargs) -> list:  # noqa: ANN001, ANN003
+        def get_cat_ids(self, cat_names=(), **kwargs) -> list:
             names = [category['name'] for category in self.dataset['categories']]
             check_classes(cat_names, names, self.path)
             return super().get_cat_ids(cat_names=cat_names, **kwargs)

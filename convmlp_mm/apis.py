@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
 from .checkpoint_io import read_checkpoint
+from .config_checks import read_config
 from .weights import fit_checkpoint
 from .zoo import SCOPE, config_path, published_weights
 
@@ -68,7 +69,7 @@ def _read_config(name: str) -> Config:
     if colons and scope == 'timm':
         return _timm_config(rest)
     if colons and scope in TOOLKITS:
-        cfg = Config.fromfile(_toolkit_config(scope, rest))
+        cfg = read_config(_toolkit_config(scope, rest))
         # Files of a backbone alone do not inherit it.
         cfg.setdefault('default_scope', scope)
         return cfg
@@ -77,8 +78,8 @@ def _read_config(name: str) -> Config:
         raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
     # A folder may be called like a model.
     if not colons and osp.isfile(name):
-        return Config.fromfile(name)
-    return Config.fromfile(config_path(rest))
+        return read_config(name)
+    return read_config(config_path(rest))
 
 
 def mim_folder(scope: str) -> Path:

@@ -189,7 +189,7 @@ def _open(source: str | io.BytesIO, name: str, map_location: object) -> Mapping:
         # torch puts the object in question into the middle of much advice, which
         # recommends to load it all the same.
         lines = str(error).rpartition('WeightsUnpickler error:')[2].splitlines()
-        lines = [line for line in lines if line and 'weights_only' not in line]
+        lines = [line for line in lines if line.strip() and 'weights_only' not in line]
         reason = lines[0].strip() if lines else type(error).__name__
         raise ValueError(
             f'checkpoint {name!r} is not a file of plain weights, is cut '

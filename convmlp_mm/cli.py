@@ -23,6 +23,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
 from .checkpoint_io import read_checkpoint
+from .config_checks import check_optimizer, check_settings, read_config
+from .data_checks import check_while_reading
 from .engine.latest import find_latest_checkpoint
 from .launch import MISTAKE, keep_memory
 
@@ -169,7 +171,7 @@ def load_config(args: argparse.Namespace) -> Config:
     check_gpus()
     if not osp.isfile(args.config):
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -245,7 +247,7 @@ def _set_num_classes(cfg: Config, old: int, new: int) -> None:
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check that the files that the data sets and metrics name are there.
+    """Check the settings, and that what the data sets and metrics name is there.
 
     Args:
         cfg (Config): The configuration.
@@ -255,7 +257,11 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     Raises:
         FileNotFoundError: If a folder or file is not; the message names it and
             the key of the configuration.
+        IsADirectoryError: If a file is a folder.
+        NotADirectoryError: If a folder is a file.
+        ValueError: See :func:`convmlp_mm.config_checks.check_settings`.
     """
+    check_settings(cfg, splits)
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if loader is not None:
@@ -297,11 +303,15 @@ def _check_dataset(dataset: ConfigDict, key: str) -> None:
 
 def _check_path(path: str, key: str, what: str) -> None:
     """Let remote paths pass: only the run can tell."""
-    if '://' in path or osp.exists(osp.expanduser(path)):
+    if '://' in path:
         return
-    raise FileNotFoundError(
-        f'{what} {path!r} does not exist (named by {key} in the configuration)'
-    )
+    found, named = osp.expanduser(path), f'(named by {key} in the configuration)'
+    if not osp.exists(found):
+        raise FileNotFoundError(f'{what} {path!r} does not exist {named}')
+    if what == 'annotation file' and osp.isdir(found):
+        raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
+    if what == 'data folder' and not osp.isdir(found):
+        raise NotADirectoryError(f'{what} {path!r} is a file {named}')
 
 
 def check_gpus() -> None:
@@ -354,12 +364,15 @@ def build_runner(cfg: Config) -> Runner:
     read_weights_only()
     if cfg.launcher == 'slurm':
         read_slurm()
+    check_while_reading(cfg.get('default_scope'))
     if get_device() == 'cpu':
         keep_memory()
         _fit_to_cpu(cfg)
         if cfg.launcher in ('pytorch', 'slurm'):
             _prepare_gloo(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    check_optimizer(cfg)
+    return runner
 
 
 def read_weights_only() -> None:

@@ -187,7 +187,8 @@ def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
 def saved(tmp_path):
     """A work dir whose newest checkpoint was written at second 1000."""
     path = tmp_path / 'epoch_1.pth'
-    content = dict(meta=dict(epoch=1, iter=2), optimizer={}, message_hub={})
+    meta = dict(epoch=1, iter=2)
+    content = dict(meta=meta, state_dict={}, optimizer={}, message_hub={})
     torch.save(content, path)
     os.utime(path, (1000, 1000))
     (tmp_path / 'last_checkpoint').write_text(str(path))

@@ -3,10 +3,14 @@ custom_imports = dict(imports=['convmlp_mm'], allow_failed_imports=False)
 custom_hooks = [
     # load_from takes published weights, and all of the backbone or nothing.
     dict(type='CheckWeightsHook'),
+    # Data and heads have the same classes; what cannot be loaded is named.
+    dict(type='CheckDataHook'),
     # Neck and head work in the layout of the backbone's maps.
     dict(type='ChannelsLastHook'),
     # What compile=True means: one graph of the backbone.
     dict(type='CompileBackboneHook'),
+    # A loss of NaN or Inf ends the run, and no checkpoint with NaN is written.
+    dict(type='FiniteLossHook'),
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
     dict(type='SyncBuffersHook'),

@@ -1,0 +1,193 @@
+"""What users get wrong: one clear message each, and nothing is written.
+
+A full disk, a port in use and a changed number of processes are tested where they
+are dealt with.
+"""
+
+import ctypes
+import os
+import shutil
+from types import SimpleNamespace
+
+import bad_input
+import pytest
+import tiny
+from mmengine.config import Config
+
+
+def snapshot(folder):
+    """What is in a folder."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob('*')
+    }
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('good') / 'data'
+    tiny.write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def paths(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    # They only enter the log, and take most of the time.
+    monkeypatch.setattr(Config, 'pretty_text', property(repr))
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    # Loggers of earlier runs write to streams that were captured.
+    monkeypatch.setattr('logging.raiseExceptions', False)
+    shutil.copytree(data, tmp_path / 'data')
+    return SimpleNamespace(
+        data=tmp_path / 'data',
+        config=tmp_path / 'recipe.py',
+        work=tmp_path / 'work',
+        checkpoint=tmp_path / 'weights.pth',
+    )
+
+
+def message_of(tool, *command):
+    """Run a tool that must fail, and return what it says."""
+    try:
+        done = tool(*command)
+    except Exception as error:
+        return f'{type(error).__name__}: {error}'
+    assert done.returncode not in (0, None), done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+    return [line for line in done.stderr.splitlines() if line][-1]
+
+
+def options(paths, row):
+    arguments = row.arguments(paths) if hasattr(row, 'arguments') else []
+    if '--work-dir' not in arguments:
+        arguments = [*arguments, '--work-dir', paths.work]
+    name = f'experiment_name={paths.work.parent.name}'
+    return [*arguments, '--cfg-options', name, *row.options]
+
+
+@pytest.mark.parametrize('row', bad_input.CASES)
+def test_mistake_ends_the_run_and_is_named(paths, row, tool):
+    tiny.write_config(paths.config, row.kind, paths.data)
+    if row.spoil:
+        row.spoil(paths)
+    before = snapshot(paths.data)
+    weights = [paths.checkpoint] if row.tool == bad_input.TEST else []
+    message = message_of(tool, row.tool, paths.config, *weights, *options(paths, row))
+    for words in row.words:
+        assert words in message
+    assert snapshot(paths.data) == before
+    assert not list(paths.work.rglob('*.pth'))
+    assert not (paths.work / 'last_checkpoint').exists()
+
+
+class Capabilities(ctypes.Structure):
+    _fields_ = [(f'{kind}{i}', ctypes.c_uint32) for i in (0, 1) for kind in 'epi']
+
+
+@pytest.fixture
+def permissions():
+    """Let permissions hold for root, too, who otherwise reads and writes all."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, held = (ctypes.c_uint32 * 2)(0x20080522, 0), Capabilities()
+    assert libc.capget(header, ctypes.byref(held)) == 0
+    dropped = Capabilities.from_buffer_copy(held)
+    # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH; what is permitted can come back.
+    dropped.e0 &= ~0b110
+    assert libc.capset(header, ctypes.byref(dropped)) == 0
+    yield
+    assert libc.capset(header, ctypes.byref(held)) == 0
+
+
+WEIGHTS = 'load_from=http://127.0.0.1:9/weights.pth'
+
+
+@pytest.mark.parametrize(
+    ('locked', 'changes', 'words'),
+    [
+        ('data/images/1.jpg', [], ['Permission denied', "images/1.jpg' cannot be lo"]),
+        ('data/boxes.json', [], ['Permission denied', "boxes.json'"]),
+        ('data/images', [], ['Permission denied', "images/1.jpg'"]),
+        ('work', [], ['work_dir', "/work' is not writable"]),
+        ('cache', [WEIGHTS], ['Permission denied', "/cache/hub'"]),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_named(
+    paths, tool, permissions, locked, changes, words
+):
+    tiny.write_config(paths.config, 'detector', paths.data)
+    target = paths.data.parent / locked
+    if not target.exists():
+        target.mkdir()
+    before = snapshot(paths.data)
+    target.chmod(0o000 if locked.startswith('data') else 0o500)
+    try:
+        command = ['train.py', paths.config, '--work-dir', paths.work / 'run']
+        message = message_of(tool, *command, '--cfg-options', 'launcher=none', *changes)
+    finally:
+        target.chmod(0o700)
+    for part in words:
+        assert part in message
+    assert snapshot(paths.data) == before
+    assert not list(paths.work.rglob('*.pth'))
+
+
+RECIPE, IMAGES, OUT = 'RECIPE', 'data/images', 'out'
+PREDICT = ['predict.py', RECIPE, 'none.pth']
+
+
+@pytest.mark.parametrize(
+    ('command', 'words'),
+    [
+        (
+            ['predict.py', 'no_such', 'none', IMAGES, '--out', OUT],
+            ["no configuration 'no_such'", 'retinanet_convmlp_s.py'],
+        ),
+        (
+            ['predict.py', 'mmfoo::x', 'none', IMAGES, '--out', OUT],
+            ["no package 'mmfoo'", 'mmdet::'],
+        ),
+        (
+            ['predict.py', 'ablation/pure_mlp_100e', 'published', IMAGES, '--out', OUT],
+            ["'ablation/pure_mlp_100e' has no published weights"],
+        ),
+        ([*PREDICT, IMAGES, '--out', OUT], ["checkpoint 'none.pth' does not exist"]),
+        ([*PREDICT, 'no/images', '--out', OUT], ["folder 'no/images' does not exist"]),
+        ([*PREDICT, 'empty', '--out', OUT], ["folder 'empty' has no images"]),
+        ([*PREDICT, IMAGES, '--out', 'full'], ["results.json' is already there"]),
+        ([*PREDICT, IMAGES, '--out', OUT, '--score-thr', '2'], ['in [0, 1], got 2.0']),
+        ([*PREDICT, IMAGES, '--out', OUT, '--batch-size', '0'], ['at least 1, got 0']),
+        (['export.py', RECIPE, 'none', 'a.onnx', '--format', 'x'], ['invalid', "'x'"]),
+        (['export.py', RECIPE, 'none', 'no/a.onnx'], ["folder 'no' does not exist"]),
+        (['complexity.py', 'no_such'], ["no configuration 'no_such'"]),
+        (['convert_weights.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
+        (['publish_model.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
+        (['benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
+    ],
+    ids=lambda value: '-'.join(value[:1] + value[-1:]) if len(value) > 2 else '',
+)
+def test_other_tools_say_what_is_wrong(paths, tool, command, words):
+    tiny.write_config(paths.config, 'classifier', paths.data)
+    folder = paths.data.parent
+    (folder / 'empty').mkdir()
+    (folder / 'full').mkdir()
+    (folder / 'full' / 'results.json').write_text('{}')
+    before = snapshot(folder)
+    command = [paths.config if part == RECIPE else part for part in command]
+    message = message_of(tool, *command)
+    for part in words:
+        assert part in message
+    assert snapshot(folder) == before
+
+
+def test_more_processes_than_gpus_are_refused(paths, tool, monkeypatch):
+    tiny.write_config(paths.config, 'detector', paths.data)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    message = message_of(tool, 'train.py', paths.config, '--check')
+    assert '8 processes need as many GPUs, but 2 are visible' in message

@@ -1,0 +1,126 @@
+"""What real data sets contain must train: none of it is a mistake."""
+
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+from mmengine.config import Config
+
+RNG = np.random.default_rng(1)
+# Some sizes at which rounding, padding and cropping go wrong.
+PICTURES = {
+    'grey.jpg': (tiny.HEIGHT, tiny.WIDTH),
+    'alpha.png': (tiny.HEIGHT, tiny.WIDTH, 4),
+    'deep.png': (tiny.HEIGHT, tiny.WIDTH, 3),
+    'deep_grey.png': (tiny.HEIGHT, tiny.WIDTH),
+    'one_pixel.png': (1, 1, 3),
+    'odd.jpg': (37, 5, 3),
+    'wide.jpg': (8, 20000, 3),
+    'high.png': (5000, 3, 3),
+    'plain.jpg': (tiny.HEIGHT, tiny.WIDTH, 3),
+    'turned.jpg': (tiny.WIDTH, tiny.HEIGHT, 3),
+}
+
+
+def write_pictures(folder):
+    """Write them, and return width and height by name."""
+    folder.mkdir(parents=True)
+    for name, shape in PICTURES.items():
+        kind = np.uint16 if name.startswith('deep') else np.uint8
+        pixels = RNG.integers(0, np.iinfo(kind).max, shape, kind)
+        assert cv2.imwrite(str(folder / name), pixels)
+    return {name: (shape[1], shape[0]) for name, shape in PICTURES.items()}
+
+
+def write_boxes(path, sizes):
+    names = list(sizes)
+    images = [
+        dict(id=i, file_name=name, width=sizes[name][0], height=sizes[name][1])
+        for i, name in enumerate(names, 1)
+    ]
+    number = {name: i for i, name in enumerate(names, 1)}
+    crowd = dict(size=[tiny.HEIGHT, tiny.WIDTH], counts=[99, 200, 2773])
+    boxes = [
+        ('grey.jpg', (8, 8, 30, 30), {}),
+        # deep.png has no objects.
+        ('alpha.png', (4, 4, 40, 20), dict(iscrowd=1, segmentation=crowd)),
+        ('deep_grey.png', (50, 30, 40, 40), {}),
+        ('one_pixel.png', (0, 0, 1, 1), {}),
+        ('odd.jpg', (0, 30, 5, 7), {}),
+        ('wide.jpg', (100, 0, 19000, 8), {}),
+        ('high.png', (0, 0, 3, 4000), {}),
+        ('plain.jpg', (10, 10, 0.5, 0.2), {}),
+        ('plain.jpg', (70, 60, 10, 10), {}),
+        ('plain.jpg', (10, 10, 2, 2), {}),
+        ('plain.jpg', (-5, -5, 30, 30), {}),
+    ]
+    annotations = [
+        tiny.box(i, number[name], bbox, category=1 + i % 2, **more)
+        for i, (name, bbox, more) in enumerate(boxes, 1)
+    ]
+    categories = [dict(id=1 + i, name=name) for i, name in enumerate(tiny.CLASSES)]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Config, 'pretty_text', property(repr))
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    folder = tmp_path / 'data'
+    sizes = write_pictures(folder / 'images')
+    write_boxes(folder / 'boxes.json', sizes)
+    (folder / 'labels').mkdir()
+    for name, (width, height) in sizes.items():
+        labels = RNG.choice(np.uint8([0, 1, 255]), (height, width))
+        cv2.imwrite(str(folder / 'labels' / f'{name}.png'), labels)
+    lines = [f'{name} {i % 2}\n' for i, name in enumerate(sizes)]
+    (folder / 'labels.txt').write_text(''.join(lines))
+    (folder / 'names.txt').write_text(''.join(f'{name}\n' for name in sizes))
+    return folder
+
+
+OPTIONS = {
+    # The recipe's 1333 pixels, in which a wide image is still one pixel high.
+    'detector': [
+        'train_dataloader.dataset.pipeline.2.scale=(1333,64)',
+        'val_dataloader.dataset.pipeline.1.scale=(1333,64)',
+    ],
+    'segmentor': [
+        'train_dataloader.dataset.pipeline.2.scale=(2048,64)',
+        'val_dataloader.dataset.pipeline.1.scale=(2048,64)',
+        *(
+            f'{split}_dataloader.dataset.{key}'
+            for split in ('train', 'val')
+            for key in ('ann_file=names.txt', 'img_suffix=', 'seg_map_suffix=.png')
+        ),
+        'val_dataloader.batch_size=1',
+    ],
+    'classifier': [],
+}
+METRIC = dict(detector='coco/bbox_mAP', segmentor='mIoU', classifier='accuracy/top1')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', OPTIONS)
+def test_odd_data_train_and_validate(data, tmp_path, tool, kind):
+    recipe, work = tmp_path / 'recipe.py', tmp_path / 'work'
+    tiny.write_config(recipe, kind, data)
+    options = ['--cfg-options', f'experiment_name={tmp_path.name}', *OPTIONS[kind]]
+    done = tool('train.py', recipe, '--work-dir', work, *options)
+    assert done.returncode == 0, done.stderr
+    (path,) = work.glob('*/vis_data/scalars.json')
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    losses = [record['loss'] for record in records if 'loss' in record]
+    assert len(losses) == len(PICTURES) // 2 and all(map(math.isfinite, losses))
+    assert sum(METRIC[kind] in record for record in records) == 1
+    assert (work / 'epoch_1.pth').is_file()
+    if kind == 'detector':
+        log = done.stdout + done.stderr
+        assert "boxes.json': 1 of 11 boxes are smaller than a pixel and dropped" in log
+        assert '1 of 11 boxes lie outside their image and are dropped' in log
+        assert '2 of 11 boxes reach out of their image and are clipped' in log

@@ -7,17 +7,23 @@ by name as ``convmlp_mm::NAME.py``. No toolkit is imported.
 
 from importlib import import_module
 
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, STRATEGIES
 
 from .lazy import register_lazily
 from .zoo import config_path, list_models, open_scope
 
 __version__ = '0.1.0'
 __all__ = [
+    'BFloat16OptimWrapper',
     'ChannelsLastHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ConvMLP',
+    'FullStateFSDPStrategy',
+    'OneMetricsFileHook',
+    'SummaryHook',
+    'SyncStatisticsHook',
+    'TensorBoardHook',
     '__version__',
     'config_path',
     'get_inferencer',
@@ -27,17 +33,36 @@ __all__ = [
 
 # They need torch, the import of which is put off until one of them is wanted.
 _LATER = {
+    'BFloat16OptimWrapper': '.engine',
     'ChannelsLastHook': '.engine',
     'CheckWeightsHook': '.engine',
     'CompileBackboneHook': '.engine',
     'ConvMLP': '.convmlp',
+    'FullStateFSDPStrategy': '.engine.fsdp',
+    'OneMetricsFileHook': '.engine',
+    'SummaryHook': '.engine',
+    'SyncStatisticsHook': '.engine',
+    'TensorBoardHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
-for _hook in ('ChannelsLastHook', 'CheckWeightsHook', 'CompileBackboneHook'):
+for _hook in (
+    'ChannelsLastHook',
+    'CheckWeightsHook',
+    'CompileBackboneHook',
+    'OneMetricsFileHook',
+    'SummaryHook',
+    'SyncStatisticsHook',
+    'TensorBoardHook',
+):
     register_lazily(HOOKS, _hook, _LATER[_hook])
+for _registry, _name in (
+    (OPTIM_WRAPPERS, 'BFloat16OptimWrapper'),
+    (STRATEGIES, 'FullStateFSDPStrategy'),
+):
+    register_lazily(_registry, _name, _LATER[_name])
 open_scope()
 
 

@@ -9,5 +9,11 @@ custom_hooks = [
     dict(type='CompileBackboneHook'),
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
-    dict(type='SyncBuffersHook'),
+    dict(type='SyncStatisticsHook'),
+    # Of several processes that test, one writes the metrics.
+    dict(type='OneMetricsFileHook'),
+    # Curves for TensorBoard, where it is installed.
+    dict(type='TensorBoardHook'),
+    # What the training has come to, at its end.
+    dict(type='SummaryHook'),
 ]

@@ -7,7 +7,7 @@ by name as ``convmlp_mm::NAME.py``. No toolkit is imported.
 
 from importlib import import_module
 
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, STRATEGIES
 
 from . import storage  # noqa: F401, registers the backend
 from .lazy import register_lazily
@@ -16,6 +16,7 @@ from .zoo import config_path, list_models, open_scope
 __version__ = '0.1.0'
 __all__ = [
     'AgreementHook',
+    'BFloat16OptimWrapper',
     'ChannelsLastHook',
     'CheckDataHook',
     'CheckWeightsHook',
@@ -23,8 +24,13 @@ __all__ = [
     'ConvMLP',
     'ExactResumeHook',
     'FiniteLossHook',
+    'FullStateFSDPStrategy',
+    'OneMetricsFileHook',
     'PreemptionHook',
     'SafeCheckpointHook',
+    'SummaryHook',
+    'SyncStatisticsHook',
+    'TensorBoardHook',
     '__version__',
     'config_path',
     'get_inferencer',
@@ -35,6 +41,7 @@ __all__ = [
 # They need torch, the import of which is put off until one of them is wanted.
 _LATER = {
     'AgreementHook': '.engine',
+    'BFloat16OptimWrapper': '.engine',
     'ChannelsLastHook': '.engine',
     'CheckDataHook': '.engine',
     'CheckWeightsHook': '.engine',
@@ -42,8 +49,13 @@ _LATER = {
     'ConvMLP': '.convmlp',
     'ExactResumeHook': '.engine',
     'FiniteLossHook': '.engine',
+    'FullStateFSDPStrategy': '.engine.fsdp',
+    'OneMetricsFileHook': '.engine',
     'PreemptionHook': '.engine',
     'SafeCheckpointHook': '.engine',
+    'SummaryHook': '.engine',
+    'SyncStatisticsHook': '.engine',
+    'TensorBoardHook': '.engine',
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
@@ -52,6 +64,11 @@ register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
 for _name, _module in _LATER.items():
     if _name.endswith('Hook'):
         register_lazily(HOOKS, _name, _module)
+for _registry, _name in (
+    (OPTIM_WRAPPERS, 'BFloat16OptimWrapper'),
+    (STRATEGIES, 'FullStateFSDPStrategy'),
+):
+    register_lazily(_registry, _name, _LATER[_name])
 open_scope()
 
 

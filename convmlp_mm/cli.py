@@ -165,7 +165,8 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: If the configuration does not exist.
-        ValueError: If there are more processes than GPUs.
+        ValueError: If there are more processes than GPUs, or if a ``strategy`` goes
+            with the moving average of EMAHook.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_gpus()
@@ -173,6 +174,12 @@ def load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
+    hooks = cfg.get('custom_hooks') or []
+    if cfg.get('strategy') and any(h.get('type') == 'EMAHook' for h in hooks):
+        raise ValueError(
+            'strategy does not go with EMAHook in custom_hooks, which needs the whole '
+            'model in each process'
+        )
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -352,11 +359,13 @@ def build_runner(cfg: Config) -> Runner:
     """Build the Runner of a configuration, where there is no GPU for the CPU.
 
     mmengine's mixed precision and torch's SyncBN between processes do not run
-    on a CPU; there, a recipe that has them is trained in single precision and
-    with BN, and says so. With GPUs the configuration is taken as it is.
+    on a CPU; there, a recipe that has them is trained in single precision (with
+    ``dtype='bfloat16'`` in that) and with BN, and says so. With GPUs the
+    configuration is taken as it is.
 
     Args:
-        cfg (Config): On the CPU it is changed.
+        cfg (Config): It is changed on the CPU, and where it has a ``strategy``,
+            which only the FlexibleRunner knows.
 
     Returns:
         Runner: Of the type ``runner_type``, if the configuration has it.
@@ -365,6 +374,8 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'slurm':
         read_slurm()
     check_while_reading(cfg.get('default_scope'))
+    if cfg.get('strategy') is not None:
+        _fit_strategy(cfg)
     if get_device() == 'cpu':
         keep_memory()
         _fit_to_cpu(cfg)
@@ -373,6 +384,17 @@ def build_runner(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     check_optimizer(cfg)
     return runner
+
+
+def _fit_strategy(cfg: Config) -> None:
+    """Let a strategy be the one option that it takes."""
+    if cfg.launcher == 'none':
+        # One process has nobody to share with, and loads the whole model.
+        cfg.pop('strategy')
+        cfg.pop('runner_type', None)
+        print('one process: the plain Runner, without a strategy', file=sys.stderr)
+        return
+    cfg.setdefault('runner_type', 'FlexibleRunner')
 
 
 def read_weights_only() -> None:
@@ -397,8 +419,12 @@ def _fit_to_cpu(cfg: Config) -> None:
     For a single process, mmengine itself turns SyncBN into BN.
     """
     replaced = []
-    if plain_optim_wrapper(cfg.get('optim_wrapper', {})):
-        replaced.append('OptimWrapper instead of AmpOptimWrapper')
+    wrapper = cfg.get('optim_wrapper') or {}
+    bfloat16 = wrapper.get('dtype') == 'bfloat16'
+    if plain_optim_wrapper(wrapper):
+        if bfloat16:
+            wrapper['type'] = 'BFloat16OptimWrapper'
+        replaced.append(f'{wrapper["type"]} instead of AmpOptimWrapper')
 
     def local_norm(key, value):
         if key == 'type' and value == 'SyncBN':
@@ -469,7 +495,12 @@ def _prepare_gloo(cfg: Config) -> None:
     mmengine selects a GPU for each process and hands DDP its number, neither
     of which exists on a CPU.
     """
-    torch.distributed.init_process_group('gloo')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    strategy = cfg.get('strategy') or {}
+    if strategy.get('type') == 'DDPStrategy':
+        strategy.setdefault('model_wrapper', dict(broadcast_buffers=False))
+        strategy.model_wrapper.setdefault('device_ids', None)
     if cfg.get('model_wrapper_cfg') is None:
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',

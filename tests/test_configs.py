@@ -337,7 +337,7 @@ def test_package_is_imported_and_buffers_are_shared(name):
     assert cfg.custom_imports == dict(
         imports=['convmlp_mm'], allow_failed_imports=False
     )
-    assert field(cfg, 'custom_hooks.SyncBuffersHook') == {}
+    assert field(cfg, 'custom_hooks.SyncStatisticsHook') == {}
     assert cfg.auto_scale_lr.base_batch_size
 
 

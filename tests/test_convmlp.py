@@ -544,18 +544,30 @@ def test_ddp_needs_no_search_for_unused_parameters(process_group):
                 parallel(torch.rand(2, 3, 32, 32)).backward()
 
 
-def test_hook_gives_gradients_of_neck_and_head_the_layout_of_ddp(process_group):
+@pytest.mark.parametrize('unused', [False, True])
+def test_hook_leaves_the_gradients_of_ddp_right(process_group, unused):
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
-    ddp = nn.parallel.DistributedDataParallel(model)
-    ChannelsLastHook().before_run(SimpleNamespace(model=ddp))
-    images = torch.rand(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
-    for step in range(3):
+    images = torch.rand(2, 4, 9, 9)
+    model(images).square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+
+    def wrap(cfg, module):
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=cfg)
+
+    cfg = dict(model_wrapper_cfg=unused)
+    runner = SimpleNamespace(model=wrap(unused, model), wrap_model=wrap, cfg=cfg)
+    ChannelsLastHook().before_run(runner)
+    wrapped = runner.model
+    ChannelsLastHook().before_run(runner)
+    assert runner.model is wrapped
+    for _ in range(3):
+        model.zero_grad()
         with warnings.catch_warnings(record=True) as caught, warn_always():
             warnings.simplefilter('always')
-            ddp(images).sum().backward()
-        copied = [w for w in caught if 'Grad strides do not match' in str(w.message)]
-        # The buckets are made in the first step.
-        assert bool(copied) == (step == 0)
+            wrapped(images).square().sum().backward()
+        assert not [w for w in caught if 'Grad strides' in str(w.message)]
+        for parameter, gradient in zip(model.parameters(), gradients):
+            torch.testing.assert_close(parameter.grad, gradient)
     assert model[1].weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -31,7 +31,10 @@ def parse_args() -> argparse.Namespace:
         'in the work dir that opens; if there is none, start as without the option',
     )
     parser.add_argument(
-        '--amp', action='store_true', help='train in automatic mixed precision'
+        '--amp',
+        action='store_true',
+        help='train in automatic mixed precision: float16, or what '
+        'optim_wrapper.dtype says; on the CPU bfloat16 only',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -47,10 +50,11 @@ def prepare(args: argparse.Namespace) -> Config:
     """Merge the options of training into the configuration and check it."""
     cfg = load_config(args)
     if args.amp:
-        if get_device() == 'cpu':
+        dtype = cfg.optim_wrapper.get('dtype')
+        if get_device() == 'cpu' and dtype != 'bfloat16':
             raise ValueError(
-                '--amp needs an accelerator: AmpOptimWrapper of mmengine does '
-                'not run on the CPU'
+                '--amp on the CPU needs --cfg-options optim_wrapper.dtype=bfloat16, '
+                f'but the data type is {dtype or "float16, the default"}'
             )
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in (
             'OptimWrapper',

@@ -13,7 +13,7 @@ custom_hooks = [
     dict(type='FiniteLossHook'),
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
-    dict(type='SyncBuffersHook'),
+    dict(type='SyncStatisticsHook'),
     # No process trains on from another place than the others, nor with a learning
     # rate for batches of another size.
     dict(type='AgreementHook'),
@@ -21,4 +21,10 @@ custom_hooks = [
     dict(type='ExactResumeHook'),
     # SIGTERM and SIGUSR1 save a checkpoint and stop, for clusters that preempt.
     dict(type='PreemptionHook'),
+    # Of several processes that test, one writes the metrics.
+    dict(type='OneMetricsFileHook'),
+    # Curves for TensorBoard, where it is installed.
+    dict(type='TensorBoardHook'),
+    # What the training has come to, at its end.
+    dict(type='SummaryHook'),
 ]

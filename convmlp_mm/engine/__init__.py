@@ -3,21 +3,30 @@
 from .agreement import AgreementHook
 from .check_data import CheckDataHook
 from .checkpoint import SafeCheckpointHook
+from .distributed import OneMetricsFileHook, SyncStatisticsHook
 from .exact_resume import ExactResumeHook
 from .finite_loss import FiniteLossHook
 from .latest import find_latest_checkpoint
+from .mixed_precision import BFloat16OptimWrapper
 from .model_hooks import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
 from .preemption import PreemptionHook
+from .summary import SummaryHook
+from .tracking import TensorBoardHook
 
 __all__ = [
     'AgreementHook',
+    'BFloat16OptimWrapper',
     'ChannelsLastHook',
     'CheckDataHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
     'ExactResumeHook',
     'FiniteLossHook',
+    'OneMetricsFileHook',
     'PreemptionHook',
     'SafeCheckpointHook',
+    'SummaryHook',
+    'SyncStatisticsHook',
+    'TensorBoardHook',
     'find_latest_checkpoint',
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..convmlp import ConvMLP
 from ..weights import fit_checkpoint
@@ -103,13 +105,29 @@ class ChannelsLastHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Change the layout of the model's weights in place.
 
-        DDP has made its buckets by then, in the old layout, and makes them again
-        after the first step.
+        DDP has made its buckets by then, with the strides of the old layout, and
+        would give wrong gradients of every changed weight: in the first step, and
+        with ``find_unused_parameters`` in all. It is therefore made again, around
+        the same parameters. (The strategies of the FlexibleRunner keep what they
+        have wrapped; there, the layout stays as it is.)
 
         Args:
             runner (Runner): The runner.
         """
-        use_channels_last(runner.model)
+        model = runner.model
+        if not is_model_wrapper(model):
+            use_channels_last(model)
+        elif isinstance(model, DistributedDataParallel) and hasattr(
+            runner, 'wrap_model'
+        ):
+            inner = model.module
+            layouts = [p.stride() for p in inner.parameters()]
+            use_channels_last(inner)
+            # The loops of a runner call this hook once each.
+            if layouts != [p.stride() for p in inner.parameters()]:
+                runner.model = runner.wrap_model(
+                    runner.cfg.get('model_wrapper_cfg'), inner
+                )
 
 
 def _inductor_options() -> dict:

@@ -390,6 +390,21 @@ def test_steps_of_another_size_are_refused(tmp_path):
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob('*.pth')}
 
 
+def test_another_number_of_processes_is_refused(tmp_path):
+    run(tmp_path, StopAt(12), seed=0)
+    path = tmp_path / 'epoch_2.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['meta']['step_size']['processes'] = 8
+    torch.save(checkpoint, path)
+    with pytest.raises(RuntimeError, match=r'\(processes 8 before and 1 now\)'):
+        run(tmp_path, resume=True)
+    # Nor can it be continued exactly when the learning rate is scaled.
+    scale = dict(enable=True, base_batch_size=2)
+    calls, runner = run(tmp_path, resume=True, auto_scale_lr=scale)
+    assert [call[1] for call in calls] == list(range(10, 20))
+    assert calls[0][4] == pytest.approx(run(tmp_path / 'w', seed=0)[0][10][4] / 8)
+
+
 def test_steps_of_another_size_scale_learning_rate_and_schedule(tmp_path):
     run(tmp_path, StopAt(12), seed=0)
     scale = dict(enable=True, base_batch_size=2)

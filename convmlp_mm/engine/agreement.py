@@ -9,6 +9,7 @@ import torch
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.parallel import DistributedDataParallel
@@ -84,7 +85,11 @@ class AgreementHook(Hook):
             for name in steps
             if saved[name] != steps[name]
         )
-        if not (runner.auto_scale_lr or {}).get('enable'):
+        # FlexibleRunner keeps it to itself.
+        scale = getattr(runner, 'auto_scale_lr', None) or vars(runner).get(
+            '_auto_scale_lr'
+        )
+        if not (scale or {}).get('enable'):
             raise RuntimeError(
                 f'the run cannot be resumed with steps of another size ({changes}): '
                 'resume it as it was, or have the learning rate scaled by '
@@ -155,10 +160,11 @@ def _checksum(model: torch.nn.Module) -> int:
 
 
 def _schedulers(runner: Runner) -> list:
-    schedulers = runner.param_schedulers or []
-    if isinstance(schedulers, dict):
-        return [scheduler for group in schedulers.values() for scheduler in group]
-    return schedulers
+    groups = runner.param_schedulers or []
+    groups = groups.values() if isinstance(groups, dict) else [groups]
+    schedulers = [s for group in groups for s in group]
+    # FlexibleRunner loads before it builds them.
+    return [s for s in schedulers if isinstance(s, _ParamScheduler)]
 
 
 def _rescale(runner: Runner, ratio: float, recipe: list[dict]) -> None:

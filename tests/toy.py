@@ -6,6 +6,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,8 +104,10 @@ class SignalOnce(Hook):
             self.marker.write_text('')
             if self.group:
                 # From outside: a worker obeys its parent.
-                command = ['kill', '-s', self.signal.name[3:], f'-{os.getpgid(0)}']
-                subprocess.run(command, start_new_session=True, check=True)
+                command = f'import os; os.killpg({os.getpgid(0)}, {int(self.signal)})'
+                subprocess.run(
+                    [sys.executable, '-c', command], start_new_session=True, check=True
+                )
             else:
                 os.kill(os.getpid(), self.signal)
 

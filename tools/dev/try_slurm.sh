@@ -2,8 +2,9 @@
 # Try tools/slurm_*.sh on the SLURM of slurm_on_one_host.sh with a tiny model:
 #   tools/dev/slurm_on_one_host.sh FOLDER tools/dev/try_slurm.sh FOLDER
 # Training and testing by srun on two nodes; jobs that are told to stop by a signal, that
-# are preempted by another partition, requeued by hand, near their time limit (four
-# minutes) and cancelled. Takes about fifteen minutes, most of it waiting for SLURM.
+# are preempted by another partition, requeued by hand, near their time limit
+# and cancelled. Takes about fifteen minutes, most of it waiting for SLURM. ONLY names
+# some of: signal preempted requeued cancelled limit.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$1"
@@ -18,7 +19,7 @@ write_config('short.py', epochs=2, world_size=2)
 pause = dict(type='SignalOnce', marker='never', name='SIGTERM', iteration=-1)
 write_config('long.py', [dict(pause, every=0.5)], epochs=10, world_size=2)
 # Only the time limit ends the first attempt.
-write_config('longer.py', [dict(pause, every=1)], epochs=25, world_size=2)
+write_config('longer.py', [dict(pause, every=1)], epochs=10, world_size=2)
 PYTHON
 
 check() {
@@ -79,5 +80,5 @@ if [ -z "${ONLY:-}" ] || [[ " $ONLY " = *' limit '* ]]; then
     job=$(submit limit longer.py '--time=2 --signal=TERM@60')
     finished "$job"
     check 'limit: stops' "$(grep -q 'Stopped by a signal' limit.log && echo 1)" 1
-    check 'limit: ends' "$(basename "$(cat limit/last_checkpoint)")" epoch_25.pth
+    check 'limit: ends' "$(basename "$(cat limit/last_checkpoint)")" epoch_10.pth
 fi

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,30 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ['PYTHONPATH'] = os.pathsep.join(
     [str(ROOT)] + [p for p in [os.environ.get('PYTHONPATH')] if p]
 )
+# Launchers of tests that run at once must not meet at a port.
+WORKER = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:])
+os.environ['PORT'] = str(29500 + 10 * WORKER)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes long, each on its own; keep the rest of a file together.
+
+    Several processes share them (``--dist loadgroup``), but not their fixtures.
+    """
+    items.sort(key=lambda item: 'slow' not in item.keywords)
+    for item in items:
+        if not {'slow', 'xdist_group'} & set(item.keywords):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def signals_of_the_process():
+    """A training that a test has run in this process may have taken them over."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

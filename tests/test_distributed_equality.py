@@ -28,6 +28,8 @@ from torch import multiprocessing, nn
 from convmlp_mm import SyncStatisticsHook
 from convmlp_mm.cli import build_runner
 
+# They share what has been trained.
+pytestmark = pytest.mark.xdist_group('equality')
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SIZE = 64
 STEPS = 10

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+# They share a project and the package's wheel.
+pytestmark = pytest.mark.xdist_group('downstream')
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'```python\n# (my_\w+\.py)\n(.*?)```', re.DOTALL)
 
@@ -144,28 +145,12 @@ def train(config, project, environment, out):
     return run(*command, '--cfg-options', *options, cwd=project, env=env)
 
 
-@pytest.fixture(scope='module')
-def trainings(request, project, environment, tmp_path_factory):
-    """Those that are asked for, two at a time: most of it is imports."""
-    items = [item for item in request.session.items if item.fspath == __file__]
-    wanted = {getattr(item, 'callspec', None) and item.callspec.id for item in items}
-    out = tmp_path_factory.mktemp('trainings')
-    with ThreadPoolExecutor(2) as pool:
-        yield (
-            out,
-            {
-                config: pool.submit(train, config, project, environment, out / config)
-                for config in PROJECTS
-                if config in wanted
-            },
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('config', PROJECTS)
-def test_scripts_of_the_toolkits_train_projects_that_inherit(trainings, config):
-    out, runs = trainings
-    log = runs[config].result()
+def test_scripts_of_the_toolkits_train_projects_that_inherit(
+    project, environment, tmp_path, config
+):
+    log = train(config, project, environment, tmp_path)
     assert re.search(r'\(train\).* loss: \d', log)
     assert re.search(r'\(val\) ', log)
-    assert (out / config / 'last_checkpoint').is_file()
+    assert (tmp_path / 'last_checkpoint').is_file()

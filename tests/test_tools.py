@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,7 @@ def test_missing_annotation_file_is_named(shapes, tmp_path):
         (['--auto-scale-lr', '--cfg-options', 'auto_scale_lr={}'], 'base_batch_size'),
         pytest.param(
             ['--amp'],
-            '--amp needs an accelerator',
+            '--amp on the CPU needs --cfg-options optim_wrapper.dtype=bfloat16',
             marks=pytest.mark.skipif(
                 torch.cuda.is_available(), reason='with a GPU it is no mistake'
             ),
@@ -239,7 +238,8 @@ def test_headline_trains_validates_saves_and_resumes(shapes, tmp_path, name):
         first = (i - 1) * length
         assert [r['step'] for r in losses] == list(range(first + 1, first + length + 1))
         assert all(math.isfinite(r['loss']) for r in losses)
-        assert sum(metric in r for r in records) == 1
+        # Resumed, it begins with the one that follows the checkpoint.
+        assert sum(metric in r for r in records) == i
     if name in ('convmlp_s_imagenet', 'semantic_fpn_convmlp_s'):
         # Said once, not by each process.
         assert done.stderr.count('on the CPU, with') == (not torch.cuda.is_available())
@@ -301,8 +301,7 @@ def test_load_from_takes_published_weights_and_refuses_others(shapes, tmp_path):
         ['test.py', SHAPES, evil, *options],
     ]
     # Two at a time: most of it is imports.
-    with ThreadPoolExecutor(2) as pool:
-        trained, too_few, wrong, refused = pool.map(lambda c: python(*c), commands)
+    trained, too_few, wrong, refused = [python(*c) for c in commands]
 
     log = trained.stdout + trained.stderr
     assert trained.returncode == 0, log[-2000:]
@@ -332,8 +331,7 @@ def test_one_process_draws_into_show_dir(shapes, tmp_path):
     scales = [f'{key}.{i}.scale=({n},{n})' for i, n in enumerate((96, 64, 128))]
     tta = ['test.py', SHAPES, checkpoint, '--tta', *options, *scales]
     tta += ['model.test_cfg.score_thr=0.0']
-    with ThreadPoolExecutor(2) as pool:
-        shown, averaged = pool.map(lambda c: python(*c), (show, tta))
+    shown, averaged = python(*show), python(*tta)
     assert shown.returncode == 0, shown.stderr[-2000:]
     assert len(list(tmp_path.glob('*/shown/*.jpg'))) == 6
     assert averaged.returncode == 0, averaged.stderr[-2000:]

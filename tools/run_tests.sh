@@ -15,8 +15,8 @@ status=0
 "$python" -m ruff check . || status=1
 "$python" -m ruff format --check . || status=1
 # One process for each of up to four cores, with one thread each: most of the time goes
-# into starting tools. Tests of a file stay together, for what they share.
+# into starting tools.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$python" -m pytest -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@" || status=1
+"$python" -m pytest -n "$((cores < 4 ? cores : 4))" --dist loadgroup "$@" || status=1
 exit "$status"

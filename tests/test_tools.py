@@ -98,7 +98,7 @@ def test_missing_annotation_file_is_named(shapes, tmp_path):
         (['--auto-scale-lr', '--cfg-options', 'auto_scale_lr={}'], 'base_batch_size'),
         pytest.param(
             ['--amp'],
-            '--amp needs an accelerator',
+            '--amp on the CPU needs --cfg-options optim_wrapper.dtype=bfloat16',
             marks=pytest.mark.skipif(
                 torch.cuda.is_available(), reason='with a GPU it is no mistake'
             ),

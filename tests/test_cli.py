@@ -185,6 +185,52 @@ def test_recipe_for_accelerators_is_fitted_to_the_cpu_only(
         assert message == ''
 
 
+def tiny_cfg(tmp_path, **changes):
+    cfg = dict(
+        model=dict(type='ConvMLP', arch='s', out_indices=(0,)),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1)),
+        train_dataloader=dict(),
+        train_cfg=dict(max_epochs=1),
+        work_dir=str(tmp_path),
+        launcher='none',
+        log_level='ERROR',
+    )
+    return Config(cfg | changes)
+
+
+def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr('convmlp_mm.cli.get_device', lambda: 'cpu')
+    cfg = tiny_cfg(tmp_path)
+    optimizer = cfg.optim_wrapper.optimizer
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
+    build_runner(cfg)
+    assert cfg.optim_wrapper == dict(type='BFloat16OptimWrapper', optimizer=optimizer)
+
+
+def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr('convmlp_mm.cli.RUNNERS.build', built.append)
+    monkeypatch.setattr('convmlp_mm.cli._prepare_gloo', lambda cfg: None)
+    strategy = dict(type='FullStateFSDPStrategy')
+    build_runner(tiny_cfg(tmp_path, strategy=strategy, launcher='pytorch'))
+    (cfg,) = built
+    assert cfg.runner_type == 'FlexibleRunner' and cfg.strategy == strategy
+
+    runner = build_runner(
+        tiny_cfg(tmp_path, strategy=strategy, runner_type='FlexibleRunner')
+    )
+    assert type(runner).__name__ == 'Runner'
+
+
+def test_strategy_with_moving_average_is_refused(config_file):
+    options = {
+        'strategy.type': 'FullStateFSDPStrategy',
+        'custom_hooks': [dict(type='EMAHook')],
+    }
+    with pytest.raises(ValueError, match='strategy does not go with EMAHook'):
+        load_config(args(config_file, cfg_options=options))
+
+
 def test_num_classes_option_reaches_every_head(tmp_path):
     path = tmp_path / 'some.py'
     path.write_text(

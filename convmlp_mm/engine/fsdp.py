@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
 from mmengine.registry import STRATEGIES
@@ -46,6 +47,12 @@ class FullStateFSDPStrategy(FSDPStrategy):
 
     def __init__(self, *, state_dict_cfg: str | dict = 'full', **kwargs) -> None:
         super().__init__(state_dict_cfg=state_dict_cfg, **kwargs)
+        if state_dict_cfg == 'full':
+            # In all processes: CheckWeightsHook compares files with it, and where
+            # mmengine's setting leaves it empty, nothing would be loaded.
+            self.state_dict_config.rank0_only = False
+            # And what each process has read, torch need not broadcast.
+            self.optim_state_dict_config.rank0_only = False
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self.model_wrapper = dict(
@@ -55,6 +62,13 @@ class FullStateFSDPStrategy(FSDPStrategy):
         if get_device() == 'cpu':
             # By default the number of a GPU.
             self.model_wrapper.setdefault('device_id', 'cpu')
+            # There, torch takes buffers that it will use again for copies on another
+            # device: 2.14 saves exp_avg_sq for exp_avg too, 2.2 reads freed memory.
+            self.state_dict_config.offload_to_cpu = False
+            self.optim_state_dict_config.offload_to_cpu = False
+        # Of weights in channels-last layout, torch loads the optimizer's state in
+        # another order than it saves it.
+        model.to(memory_format=torch.contiguous_format)
         return super()._wrap_model(model)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:

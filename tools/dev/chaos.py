@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument(
-        '--latest', type=float, default=8, help='seconds of training before a kill'
+        '--latest', type=float, default=12, help='seconds of training before a kill'
     )
     parser.add_argument('--slow', type=float, default=0.7, help='seconds of a save')
     parser.add_argument(
@@ -81,6 +81,9 @@ class Training:
             'val_dataloader.persistent_workers=False',
             'model.backbone.drop_path_rate=0.1',
             'optim_wrapper.accumulative_counts=2',
+            # In the middle of epochs, and of accumulations.
+            'default_hooks.checkpoint.by_epoch=False',
+            'default_hooks.checkpoint.interval=3',
             'default_hooks.checkpoint.max_keep_ckpts=2',
             'default_hooks.checkpoint.save_best=coco/bbox_mAP',
             'randomness.seed=1',

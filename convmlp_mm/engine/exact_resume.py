@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from itertools import islice
 
 import torch
 from mmengine.dist import gather_object, get_rank, get_world_size
@@ -12,9 +10,14 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch.utils.data import DataLoader
 
 from .agreement import steps_of
+from .data_position import (
+    AdvancedIterator,
+    Remainder,
+    build_loader_again,
+    shift_batch_index,
+)
 from .random_state import get_random_state, set_random_state
 
 __all__ = ['ExactResumeHook']
@@ -148,17 +151,17 @@ class ExactResumeHook(Hook):
         def restore_numbers() -> None:
             set_random_state(process['random'])
 
-        _build_loader_again(runner, loop, state['seed'])
+        build_loader_again(runner, loop, state['seed'])
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         if by_epoch:
             self._skipped = state['batches']
             self._epoch_start = runner.iter - self._skipped
             if self._skipped:
-                _Remainder.of_epoch(loop.dataloader, self._skipped, restore_numbers)
-                _shift_batch_index(loop, self._skipped)
+                Remainder.of_epoch(loop.dataloader, self._skipped, restore_numbers)
+                shift_batch_index(loop, self._skipped)
         else:
-            passes = _Remainder.of_passes(loop.dataloader, runner.iter, restore_numbers)
-            loop.dataloader_iterator = _Advanced(loop, passes)
+            passes = Remainder.of_passes(loop.dataloader, runner.iter, restore_numbers)
+            loop.dataloader_iterator = AdvancedIterator(loop, passes)
         if not state['validated']:
             _validate_if_due(runner, loop, by_epoch)
         # The numbers of an epoch that begins are those before its loader does.
@@ -224,38 +227,6 @@ def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
             buffer.copy_(saved)
 
 
-def _build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
-    """Give the samplers the seed of the first start, and none of its batches."""
-    settings = runner._train_dataloader
-    if not isinstance(settings, dict):
-        # Built by the caller, who knows the seed.
-        return
-    settings = dict(settings)
-    settings['dataset'] = loop.dataloader.dataset
-    # FlexibleRunner leaves the numbers to its strategy.
-    randomness = getattr(runner, '_randomness_cfg', None) or {}
-    diff_rank_seed = randomness.get('diff_rank_seed', False)
-    loop.dataloader = runner.build_dataloader(
-        settings, seed=seed, diff_rank_seed=diff_rank_seed
-    )
-
-
-def _shift_batch_index(loop: EpochBasedTrainLoop, batches: int) -> None:
-    """Let the hooks of this epoch see the index of the batch in the whole epoch."""
-    run_iter, run_epoch = loop.run_iter, loop.run_epoch
-
-    def run_shifted(idx: int, data_batch: object) -> None:
-        run_iter(idx + batches, data_batch)
-
-    def run_first_epoch() -> None:
-        try:
-            run_epoch()
-        finally:
-            del loop.run_iter, loop.run_epoch
-
-    loop.run_iter, loop.run_epoch = run_shifted, run_first_epoch
-
-
 def _validate_if_due(runner: Runner, loop: BaseLoop, by_epoch: bool) -> None:
     """Run the validation that the run was stopped in or before."""
     loop._decide_current_val_interval()
@@ -273,120 +244,3 @@ def _validate_if_due(runner: Runner, loop: BaseLoop, by_epoch: bool) -> None:
             # So that what it finds to be the best enters the latest checkpoint.
             hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
     runner.val_loop.run()
-
-
-class _Remainder:
-    """A batch sampler whose first round is what is left of one.
-
-    Args:
-        loader (DataLoader): One that has not been used. It gets the new sampler.
-        rest (Callable): Returns the batches that are left.
-        begin (Callable): Called before the first batch, once the loader has drawn
-            the random number that it begins with.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader,
-        rest: Callable[[], Iterator],
-        begin: Callable[[], None],
-    ) -> None:
-        self.batch_sampler = loader.batch_sampler
-        self.first = (rest, begin)
-        # torch forbids the assignment, lest a sampler change under a loader in use.
-        vars(loader)['batch_sampler'] = self
-
-    @classmethod
-    def of_epoch(
-        cls, loader: DataLoader, count: int, begin: Callable[[], None]
-    ) -> None:
-        """Skip batches of the first epoch, of which the sampler hears later.
-
-        Args:
-            loader (DataLoader): It is changed.
-            count (int): How many to skip.
-            begin (Callable): See above.
-        """
-        whole = loader.batch_sampler
-        cls(loader, lambda: islice(iter(whole), count, None), begin)
-
-    @classmethod
-    def of_passes(
-        cls, loader: DataLoader, count: int, begin: Callable[[], None]
-    ) -> int:
-        """Skip batches of a loader that is begun again whenever it ends.
-
-        Args:
-            loader (DataLoader): It is changed.
-            count (int): How many to skip.
-            begin (Callable): See above.
-
-        Returns:
-            int: How often it has ended.
-        """
-        whole, passes = loader.batch_sampler, 0
-        batches = iter(whole)
-        for _ in range(count):
-            if next(batches, None) is None:
-                passes += 1
-                _set_epoch(loader, passes)
-                batches = iter(whole)
-                next(batches)
-        cls(loader, lambda: batches, begin)
-        return passes
-
-    def __iter__(self) -> Iterator:
-        if self.first is None:
-            yield from self.batch_sampler
-            return
-        (rest, begin), self.first = self.first, None
-        batches = rest()
-        begin()
-        yield from batches
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __getattr__(self, name: str) -> object:
-        if name == 'batch_sampler':
-            raise AttributeError(name)
-        return getattr(self.batch_sampler, name)
-
-
-def _set_epoch(loader: DataLoader, epoch: int) -> None:
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-        if hasattr(sampler, 'set_epoch'):
-            sampler.set_epoch(epoch)
-            return
-
-
-class _Advanced:
-    """The endless iterator of an iteration-based loop, already where it belongs.
-
-    The loop advances it by as many batches as have been trained; of those, none is
-    loaded.
-    """
-
-    def __init__(self, loop: IterBasedTrainLoop, passes: int) -> None:
-        # What the loop has made for itself, for another loader.
-        self.batches = type(loop.dataloader_iterator)(loop.dataloader)
-        self.batches._epoch = passes
-        self.to_skip = loop.iter
-
-    def skip_iter(self, num_iters: int) -> None:
-        """Do what the loop of newer versions asks for: nothing is left to skip."""
-        self.to_skip = 0
-
-    def __iter__(self) -> _Advanced:
-        return self
-
-    def __next__(self) -> object:
-        if self.to_skip:
-            self.to_skip -= 1
-            return None
-        return next(self.batches)
-
-    def __getattr__(self, name: str) -> object:
-        if name == 'batches':
-            raise AttributeError(name)
-        return getattr(self.batches, name)

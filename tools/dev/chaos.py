@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
         '--processes', type=int, default=1, help='of the training; all are killed'
     )
     parser.add_argument(
-        '--epochs', type=int, default=8, help='of about seven iterations each'
+        '--epochs', type=int, default=12, help='of about seven iterations each'
     )
     parser.add_argument(
         '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='further ones'

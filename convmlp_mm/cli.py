@@ -34,6 +34,7 @@ __all__ = [
     'build_runner',
     'check_data',
     'checkpoint_of_restart',
+    'closing_group',
     'final_mistakes',
     'load_config',
     'merge_options',
@@ -93,6 +94,27 @@ def final_mistakes() -> Iterator[None]:
             raise
         traceback.print_exc()
         sys.exit(MISTAKE)
+
+
+@contextlib.contextmanager
+def closing_group() -> Iterator[None]:
+    """Close the group of the processes when a run has ended.
+
+    torch leaves its threads to the end of the interpreter, which they may abort with
+    an exit code that is not the run's. After an error the group stays: to close it
+    could wait for the others.
+    """
+    try:
+        yield
+    except SystemExit:
+        _close_group()
+        raise
+    _close_group()
+
+
+def _close_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _CfgOptions(DictAction):

@@ -1,5 +1,6 @@
 """What the command lines share."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -8,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from convmlp_mm.cli import (
@@ -15,6 +17,7 @@ from convmlp_mm.cli import (
     build_runner,
     check_data,
     check_gpus,
+    closing_group,
     load_config,
     one_line_errors,
 )
@@ -278,3 +281,17 @@ print(faults() - first)
     assert answer == str(kept)
     # Of 4 KiB each.
     assert (int(pages) < 1000) == kept
+
+
+@pytest.mark.parametrize('end', [None, SystemExit(85), RuntimeError('others wait')])
+def test_group_of_processes_is_closed_unless_the_run_failed(tmp_path, end):
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        with contextlib.suppress(SystemExit, RuntimeError), closing_group():
+            if end is not None:
+                raise end
+        assert torch.distributed.is_initialized() == isinstance(end, RuntimeError)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

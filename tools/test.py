@@ -11,6 +11,7 @@ from convmlp_mm.cli import (
     add_common_arguments,
     build_runner,
     check_data,
+    closing_group,
     load_config,
     one_line_errors,
 )
@@ -81,10 +82,12 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    runner = build_runner(cfg)
-    if args.out:
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
-    runner.test()
+    with closing_group():
+        runner = build_runner(cfg)
+        if args.out:
+            dump = DumpResults(out_file_path=args.out)
+            runner.test_evaluator.metrics.append(dump)
+        runner.test()
 
 
 if __name__ == '__main__':

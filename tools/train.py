@@ -12,6 +12,7 @@ from convmlp_mm.cli import (
     build_runner,
     check_data,
     checkpoint_of_restart,
+    closing_group,
     final_mistakes,
     load_config,
     one_line_errors,
@@ -96,7 +97,7 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    with final_mistakes():
+    with final_mistakes(), closing_group():
         build_runner(cfg).train()
 
 

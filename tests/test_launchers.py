@@ -53,7 +53,8 @@ def test_killed_process_is_started_again_and_goes_on(tmp_path):
     config = write_config(tmp_path / 'toy.py', hooks, world_size=2)
     done = bash(TOOLS / 'dist_train.sh', config, 2, '--work-dir', 'work', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 'exitcode: -9' in done.stderr
+    # The other process may have been seen to fail first.
+    assert (tmp_path / 'marker').exists()
     log = done.stdout + done.stderr
     assert log.count(f'resumed epoch: 1, iter: {LENGTH}') == 1
     assert (tmp_path / 'work' / 'epoch_2.pth').is_file()

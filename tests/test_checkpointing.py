@@ -447,6 +447,8 @@ def rank(number, folder):
             else:
                 outcome = repr(runner.message_hub.get_info('keep_ckpt_ids'))
         (folder / f'{case}{number}.txt').write_text(outcome)
+    # Else its threads may abort the process at its end.
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

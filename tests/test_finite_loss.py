@@ -190,6 +190,8 @@ def in_process(rank, work_dir, port):
     except FloatingPointError as error:
         message = str(error)
     (work_dir / f'{rank}.txt').write_text(message)
+    # Else its threads may abort the process at its end.
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ what float32 rounds in a gradient that is nearly zero becomes a step of full siz
 
 import json
 import os
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from mmengine.structures import InstanceData, PixelData
 from mmengine.utils import digit_version
 from torch import multiprocessing, nn
 from torch.utils.data import Dataset
+from toy import free_port
 
 from convmlp_mm import ConvMLP, SyncStatisticsHook
 from convmlp_mm.cli import build_runner
@@ -425,12 +425,6 @@ def work(rank, root, port, work_dir):
     dist.init_process_group('gloo')
     torch.save(run_cases(root, work_dir), work_dir / f'rank{rank}.pth')
     dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='module')

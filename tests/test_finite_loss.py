@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 from torch.utils.data import Dataset
+from toy import free_port
 
 from convmlp_mm import FiniteLossHook
 
@@ -196,10 +196,7 @@ def in_process(rank, work_dir, port):
 
 @pytest.mark.slow
 def test_all_processes_stop_and_none_saves(tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_process, (tmp_path, port), nprocs=2)
+    torch.multiprocessing.spawn(in_process, (tmp_path, free_port()), nprocs=2)
     first, second = ((tmp_path / f'{rank}.txt').read_text() for rank in range(2))
     assert first == 'iteration 2: the loss of another process is NaN or Inf'
     assert second.startswith('iteration 2: loss is nan, loss_line is nan')

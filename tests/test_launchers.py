@@ -11,17 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import LENGTH, write_config
+from toy import LENGTH, free_port, write_config
 
 from convmlp_mm import cli, elastic
 from convmlp_mm.launch import MISTAKE, PREEMPTED
 
 TOOLS = Path(__file__).parents[1] / 'tools'
-
-
-def free_port():
-    with socket.create_server(('', 0)) as server:
-        return server.getsockname()[1]
 
 
 def environment(**changes):

@@ -29,7 +29,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1),
 )
 log_level = 'WARNING'
-def loader(dataset, train):
+def loader(dataset):
     return dict(
         batch_size=2,
         num_workers=0,
@@ -41,8 +41,8 @@ load = dict(type='LoadImageFromFile')
 root = ROOT
 """
 LOADERS = """
-train_dataloader = loader(dict(pipeline=train_pipeline, **data), True)
-val_dataloader = loader(dict(pipeline=test_pipeline, test_mode=True, **data), False)
+train_dataloader = loader(dict(pipeline=train_pipeline, **data))
+val_dataloader = loader(dict(pipeline=test_pipeline, test_mode=True, **data))
 test_dataloader = val_dataloader
 test_evaluator = val_evaluator
 del loader

@@ -5,6 +5,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -131,3 +132,9 @@ def write_config(
         text += f'{key} = {value!r}\n'
     Path(path).write_text(text)
     return path
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return server.getsockname()[1]

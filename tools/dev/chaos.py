@@ -150,8 +150,9 @@ def disturb(training: Training, args: argparse.Namespace) -> tuple[int, int]:
         except subprocess.TimeoutExpired:
             kill(process)
         kills += 1
-        in_saves += training.is_saving()
-        state = 'in a save' if training.is_saving() else 'elsewhere'
+        saving = training.is_saving()
+        in_saves += saving
+        state = 'in a save' if saving else 'elsewhere'
         last = training.folder / 'last_checkpoint'
         last = Path(last.read_text()).name if last.exists() else 'no checkpoint'
         print(f'kill {kills}: {state}, {last}', flush=True)

@@ -14,30 +14,6 @@ from .lazy import register_lazily
 from .zoo import config_path, list_models, open_scope
 
 __version__ = '0.1.0'
-__all__ = [
-    'AgreementHook',
-    'BFloat16OptimWrapper',
-    'ChannelsLastHook',
-    'CheckDataHook',
-    'CheckWeightsHook',
-    'CompileBackboneHook',
-    'ConvMLP',
-    'ExactResumeHook',
-    'FiniteLossHook',
-    'FullStateFSDPStrategy',
-    'OneMetricsFileHook',
-    'PreemptionHook',
-    'SafeCheckpointHook',
-    'SummaryHook',
-    'SyncStatisticsHook',
-    'TensorBoardHook',
-    '__version__',
-    'config_path',
-    'get_inferencer',
-    'get_model',
-    'list_models',
-]
-
 # They need torch, the import of which is put off until one of them is wanted.
 _LATER = {
     'AgreementHook': '.engine',
@@ -59,6 +35,7 @@ _LATER = {
     'get_inferencer': '.apis',
     'get_model': '.apis',
 }
+__all__ = ['__version__', 'config_path', 'list_models', *_LATER]
 
 register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
 for _name, _module in _LATER.items():

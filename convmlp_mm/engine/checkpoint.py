@@ -15,7 +15,7 @@ from ..files import remove_leftovers, write_file
 from ..storage import atomic_local_files
 from .latest import NOTE, find_latest_checkpoint, named_checkpoint
 
-__all__ = ['SafeCheckpointHook']
+__all__ = ['SafeCheckpointHook', 'checkpoint_hooks', 'remove_checkpoint']
 
 # In the message hub: what the checkpoint that is being saved replaces. Who is killed
 # before it is removed finds it there.
@@ -324,16 +324,42 @@ class SafeCheckpointHook(CheckpointHook):
         if not is_main_process():
             return
         for name in outdated:
-            path = self.file_backend.join_path(self.out_dir, name)
             try:
-                if self.file_backend.isfile(path):
-                    self.file_backend.remove(path)
-                elif self.file_backend.isdir(path):
-                    # DeepSpeed saves folders.
-                    self.file_backend.rmtree(path)
+                remove_checkpoint(self, name)
             except OSError as error:
+                path = self.file_backend.join_path(self.out_dir, name)
                 runner.logger.warning(f'Cannot remove {path}: {_reason(error)}')
                 self._outdated.append(name)
+
+
+def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
+    """List the hooks of a runner that save, of mmengine's class or of one below it.
+
+    Args:
+        runner (Runner): The runner.
+
+    Returns:
+        list[CheckpointHook]: In the order of their priority.
+    """
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+
+
+def remove_checkpoint(hook: CheckpointHook, name: str) -> None:
+    """Delete a file, or what DeepSpeed saves as a folder, if it is there.
+
+    Args:
+        hook (CheckpointHook): Of the main process; it knows the place.
+        name (str): Name of the file.
+
+    Raises:
+        OSError: If it cannot be deleted.
+    """
+    backend = hook.file_backend
+    path = backend.join_path(hook.out_dir, name)
+    if backend.isfile(path):
+        backend.remove(path)
+    elif backend.isdir(path):
+        backend.rmtree(path)
 
 
 def _note(note: str, path: str) -> None:

@@ -30,20 +30,12 @@ class SyncStatisticsHook(Hook):
     # Before EMAHook copies the statistics, and CheckpointHook saves them.
     priority = 'VERY_HIGH'
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: object = None,
-        outputs: object = None,
-    ) -> None:
+    def after_train_iter(self, runner: Runner, **kwargs) -> None:
         """Average in place.
 
         Args:
             runner (Runner): The runner.
-            batch_idx (int): Not used.
-            data_batch (object): Not used.
-            outputs (object): Not used.
+            **kwargs: What else hooks are told; not used.
         """
         if not is_distributed():
             return

@@ -6,12 +6,13 @@ import logging
 
 import torch
 from mmengine.dist import gather_object, get_rank, get_world_size
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from .agreement import steps_of
+from .checkpoint import checkpoint_hooks
 from .data_position import (
     AdvancedIterator,
     Remainder,
@@ -85,12 +86,15 @@ class ExactResumeHook(Hook):
             # A hook that does not ask the other processes.
             gathered = [self._process_state(runner)] if get_world_size() == 1 else []
         meta = checkpoint['meta']
-        # Of an epoch that is over, the start of the next has not been noted yet.
-        over = meta['epoch'] > runner.epoch
+        batches = meta['iter']
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            # Of an epoch that is over, the start of the next has not been noted yet.
+            over = meta['epoch'] > runner.epoch
+            batches = 0 if over else batches - self._epoch_start
         checkpoint[KEY] = dict(
             seed=runner.seed,
             steps=steps_of(runner),
-            batches=0 if over else meta['iter'] - self._epoch_start,
+            batches=batches,
             validated=self._validated_at == meta['iter'],
             processes=gathered,
         )
@@ -126,8 +130,7 @@ class ExactResumeHook(Hook):
         Args:
             runner (Runner): The runner, which has loaded the checkpoint.
         """
-        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-        self._epoch_start = runner.iter if by_epoch else 0
+        self._epoch_start = runner.iter
         state, self._state = self._state, None
         if state is None:
             return
@@ -160,7 +163,9 @@ class ExactResumeHook(Hook):
                 Remainder.of_epoch(loop.dataloader, self._skipped, restore_numbers)
                 shift_batch_index(loop, self._skipped)
         else:
-            passes = Remainder.of_passes(loop.dataloader, runner.iter, restore_numbers)
+            passes = Remainder.of_passes(
+                loop.dataloader, state['batches'], restore_numbers
+            )
             loop.dataloader_iterator = AdvancedIterator(loop, passes)
         if not state['validated']:
             _validate_if_due(runner, loop, by_epoch)
@@ -175,9 +180,8 @@ class ExactResumeHook(Hook):
         Args:
             runner (Runner): The runner.
         """
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            self._epoch_start = runner.iter - self._skipped
-            self._skipped = 0
+        self._epoch_start = runner.iter - self._skipped
+        self._skipped = 0
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Note where the next epoch begins, for a checkpoint after validation.
@@ -185,8 +189,7 @@ class ExactResumeHook(Hook):
         Args:
             runner (Runner): The runner.
         """
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            self._epoch_start = runner.iter
+        self._epoch_start = runner.iter
 
     def before_val(self, runner: Runner) -> None:
         """Put the random numbers of the training aside.
@@ -239,8 +242,7 @@ def _validate_if_due(runner: Runner, loop: BaseLoop, by_epoch: bool) -> None:
     if runner.val_loop is None or not done or not due:
         return
     runner.logger.info('The validation that was due at the checkpoint comes first.')
-    for hook in runner.hooks:
-        if isinstance(hook, CheckpointHook):
-            # So that what it finds to be the best enters the latest checkpoint.
-            hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
+    for hook in checkpoint_hooks(runner):
+        # So that what it finds to be the best enters the latest checkpoint.
+        hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
     runner.val_loop.run()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os.path as osp
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +13,8 @@ from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+
+from .latest import named_checkpoint
 
 __all__ = ['FiniteLossHook']
 
@@ -158,9 +159,4 @@ def _image(sample: object) -> str:
 
 
 def _last_checkpoint(runner: Runner) -> str:
-    """Read the record of CheckpointHook, which logs that there is none."""
-    record = osp.join(runner.work_dir, 'last_checkpoint')
-    if not osp.isfile(record):
-        return 'none yet'
-    with open(record) as file:
-        return file.read().strip()
+    return named_checkpoint(runner.work_dir) or 'none yet'

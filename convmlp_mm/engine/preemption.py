@@ -18,6 +18,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..launch import PREEMPTED
+from .checkpoint import checkpoint_hooks, remove_checkpoint
 
 __all__ = ['PreemptionHook']
 
@@ -237,21 +238,12 @@ class PreemptionHook(Hook):
 
 
 def _checkpoint_hook(runner: Runner) -> CheckpointHook | None:
-    """Return the hook that saves; subclasses count."""
-    hooks = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
-    return next(hooks, None)
+    return next(iter(checkpoint_hooks(runner)), None)
 
 
 def _remove(hook: CheckpointHook, name: str) -> None:
-    """Delete a file, or what DeepSpeed saves as a folder, in the first process."""
-    if not dist.is_main_process():
-        return
-    backend = hook.file_backend
-    path = backend.join_path(hook.out_dir, name)
-    if backend.isfile(path):
-        backend.remove(path)
-    elif backend.isdir(path):
-        backend.rmtree(path)
+    if dist.is_main_process():
+        remove_checkpoint(hook, name)
 
 
 def _ignore_signals(

@@ -12,6 +12,8 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
+from .checkpoint import checkpoint_hooks
+
 __all__ = ['SummaryHook']
 
 # The metrics by which the paper reports, in this order; higher is better.
@@ -119,7 +121,7 @@ class SummaryHook(Hook):
         if self._images:
             rate = self._images * get_world_size() / (seconds - self._val_seconds)
             lines.append(f'  speed       {rate:.1f} images/s')
-        hooks = [h for h in runner.hooks if isinstance(h, CheckpointHook)]
+        hooks = checkpoint_hooks(runner)
         lines += self._best_lines(runner, hooks)
         lines += [f'  last        {hook.last_ckpt}' for hook in hooks if hook.last_ckpt]
         lines.append(f'  logs        {runner.log_dir}')

@@ -13,6 +13,7 @@ import os
 import os.path as osp
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
@@ -100,9 +101,9 @@ def final_mistakes() -> Iterator[None]:
 def closing_group() -> Iterator[None]:
     """Close the group of the processes when a run has ended.
 
-    torch leaves its threads to the end of the interpreter, which they may abort with
-    an exit code that is not the run's. After an error the group stays: to close it
-    could wait for the others.
+    torch leaves its threads to the end of the interpreter, where one that drops the
+    tensors of the last collective may abort the process, with an exit code that is not
+    the run's. After an error the group stays: to close it could wait for the others.
     """
     try:
         yield
@@ -115,6 +116,9 @@ def closing_group() -> Iterator[None]:
 def _close_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        # To drop a tensor of Python, a thread needs the interpreter's lock. It is given
+        # here to those that wait for it: the models that hold the group keep them.
+        time.sleep(0.1)
 
 
 class _CfgOptions(DictAction):

@@ -22,6 +22,7 @@ from mmengine.runner._flexible_runner import FlexibleRunner
 from torch.utils.data import Dataset
 
 from convmlp_mm.checkpoint_io import read_checkpoint
+from convmlp_mm.cli import closing_group
 from convmlp_mm.engine import SafeCheckpointHook, find_latest_checkpoint
 from convmlp_mm.files import remove_leftovers
 from convmlp_mm.storage import AtomicLocalBackend, atomic_local_files
@@ -419,6 +420,7 @@ def test_other_errors_while_saving_are_not_hidden(tmp_path):
         train(tmp_path, calls=calls)
 
 
+@closing_group()
 def rank(number, folder):
     """One of two processes, the first of which cannot save; write what they come to."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
@@ -447,8 +449,6 @@ def rank(number, folder):
             else:
                 outcome = repr(runner.message_hub.get_info('keep_ckpt_ids'))
         (folder / f'{case}{number}.txt').write_text(outcome)
-    # Else its threads may abort the process at its end.
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from toy import free_port
 
 from convmlp_mm import ConvMLP, SyncStatisticsHook
-from convmlp_mm.cli import build_runner
+from convmlp_mm.cli import build_runner, closing_group
 
 # They share what has been trained.
 pytestmark = pytest.mark.xdist_group('equality')
@@ -413,6 +413,7 @@ def run_cases(root, work_dir):
     return results
 
 
+@closing_group()
 def work(rank, root, port, work_dir):
     os.environ.update(
         MASTER_ADDR='127.0.0.1',
@@ -424,7 +425,6 @@ def work(rank, root, port, work_dir):
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     torch.save(run_cases(root, work_dir), work_dir / f'rank{rank}.pth')
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope='module')

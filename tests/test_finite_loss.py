@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from toy import free_port
 
 from convmlp_mm import FiniteLossHook
+from convmlp_mm.cli import closing_group
 
 
 class Numbers(Dataset):
@@ -174,6 +175,7 @@ def test_interval_passes_over_iterations_and_must_be_positive(tmp_path):
         FiniteLossHook(interval=0)
 
 
+@closing_group()
 def in_process(rank, work_dir, port):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
@@ -190,8 +192,6 @@ def in_process(rank, work_dir, port):
     except FloatingPointError as error:
         message = str(error)
     (work_dir / f'{rank}.txt').write_text(message)
-    # Else its threads may abort the process at its end.
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ def case(name, kind, words, *options, spoil=None, tool=TRAIN, **more):
     """A row of the table: id, recipe and data of tiny.py, words of the message.
 
     The options are for ``--cfg-options``; spoil is called with a namespace of paths, to
-    spoil one of them; more can be ``arguments`` beside those that all cases have.
+    spoil one of them; more can be ``arguments`` beside those that all cases have, and
+    ``during``, the context of the run.
     """
     values = SimpleNamespace(
         kind=kind, words=words, options=options, spoil=spoil, tool=tool, **more
@@ -297,5 +298,35 @@ CHECKPOINTS = [
          tool=TEST, spoil=checkpoint({}),
          arguments=lambda paths: ['--out', 'a.json']),
 ]
-CASES = [*CONFIGURATIONS, *FILES, *ANNOTATIONS, *IMAGES, *CHECKPOINTS]
+
+
+def train_before(change=None):
+    """Leave the checkpoint of a run, with other steps noted in it."""
+
+    def spoil(paths):
+        paths.train()
+        path = paths.work / 'epoch_1.pth'
+        content = torch.load(path, weights_only=False)
+        content['meta']['step_size'].update(change or {})
+        torch.save(content, path)
+
+    return spoil
+
+
+def resume(paths):
+    return ['--resume']
+
+
+RUNS = [
+    case('full disk', DET,
+         ['cannot save', "epoch_1.pth: File too large; there is none yet"],
+         'default_hooks.checkpoint.on_save_error=stop', during=tiny.full_disk),
+    case('world size changed', DET,
+         ['steps of another size (processes 8 before and 1 now)', '--auto-scale-lr'],
+         arguments=resume, spoil=train_before(dict(processes=8))),
+    case('batch size changed', DET,
+         ['steps of another size (batch size 2 before and 1 now)', '--auto-scale-lr'],
+         'train_dataloader.batch_size=1', arguments=resume, spoil=train_before()),
+]
+CASES = [*CONFIGURATIONS, *FILES, *ANNOTATIONS, *IMAGES, *CHECKPOINTS, *RUNS]
 # fmt: on

@@ -42,13 +42,17 @@ def signals_of_the_process():
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """Run a tool as from the command line, but in this process, which is faster."""
+    """Run a tool or module as from the command line, but in this process: faster."""
 
     def run(name, *options):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, options)])
         code = 0
+        path = ROOT / 'tools' / name
         try:
-            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+            if path.exists():
+                runpy.run_path(str(path), run_name='__main__')
+            else:
+                runpy.run_module(name, run_name='__main__')
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()

@@ -1,12 +1,10 @@
-"""What users get wrong: one clear message each, and nothing is written.
+"""What users get wrong: one clear message each, and nothing is written."""
 
-A full disk, a port in use and a changed number of processes are tested where they
-are dealt with.
-"""
-
+import contextlib
 import ctypes
 import os
 import shutil
+import socket
 from types import SimpleNamespace
 
 import bad_input
@@ -23,6 +21,12 @@ def snapshot(folder):
     }
 
 
+def checkpoints(folder):
+    """What is in a work dir beside its logs and the configuration."""
+    files = (path for path in folder.glob('*') if path.is_file())
+    return {path.name: path.read_bytes() for path in files if path.suffix != '.py'}
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('good') / 'data'
@@ -31,7 +35,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def paths(data, tmp_path, monkeypatch):
+def paths(data, tmp_path, monkeypatch, tool):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     # They only enter the log, and take most of the time.
@@ -40,11 +44,19 @@ def paths(data, tmp_path, monkeypatch):
     # Loggers of earlier runs write to streams that were captured.
     monkeypatch.setattr('logging.raiseExceptions', False)
     shutil.copytree(data, tmp_path / 'data')
+    config, work = tmp_path / 'recipe.py', tmp_path / 'work'
+
+    def train():
+        name = f'experiment_name={tmp_path.name}_before'
+        command = 'train.py', config, '--work-dir', work, '--cfg-options', name
+        assert tool(*command).returncode == 0
+
     return SimpleNamespace(
         data=tmp_path / 'data',
-        config=tmp_path / 'recipe.py',
-        work=tmp_path / 'work',
+        config=config,
+        work=work,
         checkpoint=tmp_path / 'weights.pth',
+        train=train,
     )
 
 
@@ -72,14 +84,15 @@ def test_mistake_ends_the_run_and_is_named(paths, row, tool):
     tiny.write_config(paths.config, row.kind, paths.data)
     if row.spoil:
         row.spoil(paths)
-    before = snapshot(paths.data)
+    before, saved = snapshot(paths.data), checkpoints(paths.work)
     weights = [paths.checkpoint] if row.tool == bad_input.TEST else []
-    message = message_of(tool, row.tool, paths.config, *weights, *options(paths, row))
+    with getattr(row, 'during', contextlib.nullcontext)():
+        command = row.tool, paths.config, *weights, *options(paths, row)
+        message = message_of(tool, *command)
     for words in row.words:
         assert words in message
     assert snapshot(paths.data) == before
-    assert not list(paths.work.rglob('*.pth'))
-    assert not (paths.work / 'last_checkpoint').exists()
+    assert checkpoints(paths.work) == saved
 
 
 class Capabilities(ctypes.Structure):
@@ -136,7 +149,7 @@ def test_what_may_not_be_read_or_written_is_named(
     assert not list(paths.work.rglob('*.pth'))
 
 
-RECIPE, IMAGES, OUT = 'RECIPE', 'data/images', 'out'
+RECIPE, IMAGES, OUT, BUSY = 'RECIPE', 'data/images', 'out', 'BUSY'
 PREDICT = ['predict.py', RECIPE, 'none.pth']
 
 
@@ -167,6 +180,10 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
         (['convert_weights.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
         (['publish_model.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
         (['benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
+        (
+            ['convmlp_mm.elastic', '--rdzv_endpoint', f'127.0.0.1:{BUSY}', 'train.py'],
+            [f'error: port {BUSY} of this machine cannot be used', 'set PORT'],
+        ),
     ],
     ids=lambda value: '-'.join(value[:1] + value[-1:]) if len(value) > 2 else '',
 )
@@ -178,9 +195,11 @@ def test_other_tools_say_what_is_wrong(paths, tool, command, words):
     (folder / 'full' / 'results.json').write_text('{}')
     before = snapshot(folder)
     command = [paths.config if part == RECIPE else part for part in command]
-    message = message_of(tool, *command)
+    with socket.create_server(('', 0)) as server:
+        port = str(server.getsockname()[1])
+        message = message_of(tool, *(str(c).replace(BUSY, port) for c in command))
     for part in words:
-        assert part in message
+        assert part.replace(BUSY, port) in message
     assert snapshot(folder) == before
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner._flexible_runner import FlexibleRunner
+from tiny import full_disk
 from torch.utils.data import Dataset
 
 from convmlp_mm.checkpoint_io import read_checkpoint
@@ -78,17 +78,6 @@ class Calls(Hook):
     def before_gather_state(self, runner):
         if self.gather is not None:
             self.gather(runner)
-
-
-@contextlib.contextmanager
-def full_disk():
-    """No file can be larger than LIMIT, for real, and without being root."""
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def build(
@@ -183,7 +172,7 @@ def test_backend_replaces_whole_files_and_makes_folders(tmp_path):
     assert backend.get_text(tmp_path / 'text', 'utf-16') == '\u03b1'
     copy = backend.copyfile_from_local(path, tmp_path)
     assert copy == str(tmp_path / 'a.pth') or copy == tmp_path / 'a.pth'
-    with full_disk(), pytest.raises(OSError, match='File too large'):
+    with full_disk(LIMIT), pytest.raises(OSError, match='File too large'):
         backend.put(bytes(2 * LIMIT), path)
     assert path.read_bytes() == b'short'
     assert saved(path.parent) == ['a.pth']
@@ -310,7 +299,7 @@ def test_what_a_killed_run_had_no_time_to_remove_is_removed(tmp_path, monkeypatc
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_full_disk_is_reported_and_training_goes_on(tmp_path, by_epoch):
     disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk()), 3: disk.close})
+    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT)), 3: disk.close})
     step, name = (1, 'epoch') if by_epoch else (2, 'iter')
     if not by_epoch:
         # Iteration-based loops have one epoch only.
@@ -344,7 +333,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     seen = []
     calls = Calls(gather=lambda r: seen.append(dict(r.message_hub.runtime_info)))
     runner = build(tmp_path, 4, [0.3, 0.4], calls, **options)
-    with full_disk(), pytest.raises(OSError, match='File too large'):
+    with full_disk(LIMIT), pytest.raises(OSError, match='File too large'):
         runner.train()
     assert contents(tmp_path) == files
     # Two epochs, two best ones, and the last epoch again at the end.
@@ -360,7 +349,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
 
 def test_flexible_runner_saves_whole_files_too(tmp_path):
     disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk()), 3: disk.close})
+    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT)), 3: disk.close})
     options = dict(runner_type=FlexibleRunner, max_keep_ckpts=2)
     with disk:
         runner = train(tmp_path, 3, calls=calls, **options)
@@ -370,7 +359,7 @@ def test_flexible_runner_saves_whole_files_too(tmp_path):
 
 def test_last_checkpoint_is_tried_again_at_the_end(tmp_path):
     disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk())})
+    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT))})
     # There is room again when the training is over.
     calls.after_train = lambda runner: disk.close()
     with disk:
@@ -383,7 +372,7 @@ def test_last_checkpoint_is_tried_again_at_the_end(tmp_path):
 
 def test_full_disk_stops_the_run_if_that_is_wanted(tmp_path):
     disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk())})
+    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT))})
     runner = build(tmp_path, 3, calls=calls, on_save_error='stop')
     with disk, pytest.raises(OSError, match='File too large'):
         runner.train()
@@ -395,7 +384,7 @@ def test_full_disk_stops_the_run_if_that_is_wanted(tmp_path):
 
 def test_failure_at_the_first_save_says_that_nothing_is_there(tmp_path):
     runner = build(tmp_path, on_save_error='stop')
-    with full_disk(), pytest.raises(OSError, match='File too large'):
+    with full_disk(LIMIT), pytest.raises(OSError, match='File too large'):
         runner.train()
     assert 'there is none yet; training ends' in lines(runner)[0]
     assert saved(tmp_path) == []
@@ -437,7 +426,7 @@ def rank(number, folder):
             if case == 'nan':
                 calls.before_save_checkpoint = wrong
             else:
-                calls.epochs[2] = lambda disk=disk: disk.enter_context(full_disk())
+                calls.epochs[2] = lambda disk=disk: disk.enter_context(full_disk(LIMIT))
                 calls.epochs[3] = disk.close
             options = dict(on_save_error='stop') if case == 'stop' else {}
             try:
@@ -456,8 +445,8 @@ def test_processes_agree_on_what_could_not_be_saved(tmp_path):
     torch.multiprocessing.spawn(rank, (tmp_path,), nprocs=2)
     outcomes = {p.stem: p.read_text() for p in tmp_path.glob('*.txt')}
     stopped = (
-        f'OSError: cannot save {tmp_path}/stop/epoch_2.pth: File too large; the last '
-        f'good checkpoint is {tmp_path}/stop/epoch_1.pth; training ends'
+        f'NotSavedError: cannot save {tmp_path}/stop/epoch_2.pth: File too large; the '
+        f'last good checkpoint is {tmp_path}/stop/epoch_1.pth; training ends'
     )
     assert outcomes == {
         'continue0': '[3]',
@@ -488,7 +477,7 @@ def test_published_checkpoint_is_whole(tmp_path):
     runner = build(tmp_path, published_keys=['meta', 'state_dict'])
     disk = contextlib.ExitStack()
     calls = Calls()
-    calls.after_train = lambda runner: disk.enter_context(full_disk())
+    calls.after_train = lambda runner: disk.enter_context(full_disk(LIMIT))
     runner.register_hook(calls)
     with disk:
         runner.train()

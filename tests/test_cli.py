@@ -165,7 +165,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_recipe_for_accelerators_is_fitted_to_the_cpu_only(
     tmp_path, monkeypatch, capsys, device
 ):
-    monkeypatch.setattr('convmlp_mm.cli.get_device', lambda: device)
+    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: device)
     cfg = Config(
         dict(
             model=dict(type='ConvMLP', arch='s', out_indices=(0,)),
@@ -202,7 +202,7 @@ def tiny_cfg(tmp_path, **changes):
 
 
 def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr('convmlp_mm.cli.get_device', lambda: 'cpu')
+    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cpu')
     cfg = tiny_cfg(tmp_path)
     optimizer = cfg.optim_wrapper.optimizer
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
@@ -212,8 +212,8 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
 
 def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr('convmlp_mm.cli.RUNNERS.build', built.append)
-    monkeypatch.setattr('convmlp_mm.cli._prepare_gloo', lambda cfg: None)
+    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', built.append)
+    monkeypatch.setattr('convmlp_mm.cli.runner._prepare_gloo', lambda cfg: None)
     strategy = dict(type='FullStateFSDPStrategy')
     build_runner(tiny_cfg(tmp_path, strategy=strategy, launcher='pytorch'))
     (cfg,) = built

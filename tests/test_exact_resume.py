@@ -380,7 +380,7 @@ def change(folder, batch_size, **settings):
 def test_steps_of_another_size_are_refused(tmp_path):
     run(tmp_path, StopAt(12), seed=0)
     before = {path.name: path.read_bytes() for path in tmp_path.glob('*.pth')}
-    with pytest.raises(RuntimeError) as info:
+    with pytest.raises(ValueError) as info:
         change(tmp_path, 5)
     assert str(info.value).startswith(
         'the run cannot be resumed with steps of another size '
@@ -396,7 +396,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     checkpoint = torch.load(path, weights_only=False)
     checkpoint['meta']['step_size']['processes'] = 8
     torch.save(checkpoint, path)
-    with pytest.raises(RuntimeError, match=r'\(processes 8 before and 1 now\)'):
+    with pytest.raises(ValueError, match=r'\(processes 8 before and 1 now\)'):
         run(tmp_path, resume=True)
     # Nor can it be continued exactly when the learning rate is scaled.
     scale = dict(enable=True, base_batch_size=2)

@@ -1,10 +1,10 @@
 """Runs of several processes, as the launchers start, restart and end them."""
 
+import errno
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from toy import LENGTH, free_port, write_config
 
 from convmlp_mm import cli, elastic
+from convmlp_mm.engine.saving import NotSavedError
 from convmlp_mm.launch import MISTAKE, PREEMPTED
 
 TOOLS = Path(__file__).parents[1] / 'tools'
@@ -86,25 +87,39 @@ def test_signal_to_the_launcher_saves_and_goes_through(tmp_path):
 
 
 @pytest.mark.slow
-def test_mistake_is_not_tried_again(tmp_path):
-    model = dict(type='Toy', broken=True)
-    config = write_config(tmp_path / 'toy.py', world_size=1, model=model)
-    done = bash(TOOLS / 'dist_train.sh', config, 1, cwd=tmp_path)
-    assert done.returncode == MISTAKE
-    last = [x for x in done.stderr.splitlines() if x.startswith('ValueError')]
-    assert last == ['ValueError: this model cannot be built']
+def test_full_disk_before_the_first_checkpoint_is_not_tried_again(tmp_path):
+    # The limit on the size of a file, in KiB, is above that of the log only.
+    config = write_config(
+        tmp_path / 'toy.py', epochs=1, model=dict(type='Toy', size=2**18)
+    )
+    script = 'ulimit -f 512; exec bash "$0" "$@"'
+    done = bash('-c', script, TOOLS / 'dist_train.sh', config, 1, cwd=tmp_path)
+    assert done.returncode == MISTAKE, done.stderr[-2000:]
+    last = [x for x in done.stderr.splitlines() if 'NotSavedError: ' in x]
+    assert len(last) == 1 and 'epoch_1.pth: File too large; there is none' in last[0]
 
 
-def test_port_in_use_is_named_before_anything_starts(monkeypatch, capsys):
-    with socket.create_server(('', 0)) as server:
-        port = server.getsockname()[1]
-        options = ['--rdzv_endpoint', f'127.0.0.1:{port}', 'train.py']
-        monkeypatch.setattr('sys.argv', ['elastic.py', *options])
-        with pytest.raises(SystemExit) as stop:
-            elastic.main()
-    assert stop.value.code == MISTAKE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f'error: port {port} of this machine' in line and 'set PORT' in line
+@pytest.mark.parametrize(
+    ('error', 'code'),
+    [
+        (ValueError('no such model'), MISTAKE),
+        (PermissionError(errno.EACCES, 'denied'), MISTAKE),
+        (OSError(errno.ENOSPC, 'full'), MISTAKE),
+        (NotSavedError('cannot save', errno.ENOSPC), MISTAKE),
+        (OSError(errno.EIO, 'network file system'), None),
+        (RuntimeError('out of memory'), None),
+    ],
+)
+def test_what_comes_again_is_not_tried_again(monkeypatch, capsys, error, code):
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    with pytest.raises((type(error), SystemExit)) as info, cli.final_mistakes():
+        raise error
+    assert getattr(info.value, 'code', None) == code
+    # The trace is there, whoever prints it.
+    assert (str(error) in capsys.readouterr().err) == (code is not None)
+    monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT')
+    with pytest.raises(type(error)), cli.final_mistakes():
+        raise error
 
 
 def test_address_of_this_machine_is_the_one_that_reaches_the_other():

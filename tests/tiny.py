@@ -1,6 +1,8 @@
 """The smallest data sets and recipes that the real Runners of the toolkits train."""
 
+import contextlib
 import json
+import resource
 from pathlib import Path
 
 import cv2
@@ -26,7 +28,7 @@ train_cfg = dict(by_epoch=True, max_epochs=1)
 val_cfg = test_cfg = dict()
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=1),
-    checkpoint=dict(type='CheckpointHook', interval=1),
+    checkpoint=dict(type='SafeCheckpointHook', interval=1),
 )
 log_level = 'WARNING'
 def loader(dataset):
@@ -187,3 +189,14 @@ def write_data(root):
     )
     (root / 'boxes.json').write_text(json.dumps(content))
     (root / 'labels.txt').write_text(''.join(lines))
+
+
+@contextlib.contextmanager
+def full_disk(limit=2**16):
+    """No file can have more bytes than this, for real, and without being root."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

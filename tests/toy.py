@@ -46,11 +46,9 @@ default_scope = 'mmengine'
 
 @MODELS.register_module(force=True)
 class Toy(BaseModel):
-    def __init__(self, broken=False):
+    def __init__(self, size=1):
         super().__init__()
-        self.linear = torch.nn.Linear(3, 1)
-        if broken:
-            raise ValueError('this model cannot be built')
+        self.linear = torch.nn.Linear(3, size)
 
     def forward(self, inputs, mode='tensor'):
         outputs = self.linear(inputs).square()

@@ -72,7 +72,8 @@ class AgreementHook(Hook):
             runner (Runner): The runner.
 
         Raises:
-            RuntimeError: If the processes disagree, or the steps are of another size.
+            RuntimeError: If the processes disagree.
+            ValueError: If the steps are of another size.
         """
         if get_world_size() > 1:
             _compare_processes(runner)
@@ -90,7 +91,7 @@ class AgreementHook(Hook):
             '_auto_scale_lr'
         )
         if not (scale or {}).get('enable'):
-            raise RuntimeError(
+            raise ValueError(
                 f'the run cannot be resumed with steps of another size ({changes}): '
                 'resume it as it was, or have the learning rate scaled by '
                 '--auto-scale-lr (auto_scale_lr.enable=True)'

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os.path as osp
-from collections.abc import Callable
 
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
@@ -14,26 +13,20 @@ from mmengine.runner import BaseLoop, Runner
 from ..files import remove_leftovers, write_file
 from ..storage import atomic_local_files
 from .latest import NOTE, find_latest_checkpoint, named_checkpoint
+from .saving import (
+    NotSavedError,
+    SavingRunner,
+    reason_of,
+    remove_checkpoint,
+    restore,
+    together,
+)
 
-__all__ = ['SafeCheckpointHook', 'checkpoint_hooks', 'remove_checkpoint']
+__all__ = ['SafeCheckpointHook']
 
 # In the message hub: what the checkpoint that is being saved replaces. Who is killed
 # before it is removed finds it there.
 OUTDATED = 'outdated_ckpts'
-
-
-class _NotSaved(OSError):
-    """A file could not be written, in any of the processes."""
-
-
-class _SavingRunner:
-    """A runner with another way to save; what else is asked, it passes on."""
-
-    def __init__(self, runner: Runner, save: Callable) -> None:
-        self.wrapped, self.save_checkpoint = runner, save
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.wrapped, name)
 
 
 def _configured_start(runner: Runner) -> str | None:
@@ -198,12 +191,12 @@ class SafeCheckpointHook(CheckpointHook):
                 backend_args=self.backend_args,
                 **self.args,
             )
-        except _NotSaved as error:
+        except NotSavedError as error:
             self.last_ckpt, self._outdated = last, outdated
             if self.max_keep_ckpts > 0:
                 self.keep_ckpt_ids.clear()
                 self.keep_ckpt_ids.extend(kept)
-            _restore(hub, keys, before)
+            restore(hub, keys, before)
             hub.update_info(OUTDATED, outdated)
             self._unsaved = (step, dict(meta))
             self._report(runner, error, path, final=final)
@@ -212,8 +205,8 @@ class SafeCheckpointHook(CheckpointHook):
 
         note, self._noted = osp.join(runner.work_dir, NOTE), False
         try:
-            self._together(lambda: _note(note, path))
-        except _NotSaved as error:
+            together(lambda: _note(note, path))
+        except NotSavedError as error:
             self._report(runner, error, note, final=final)
             return
         self._noted = True
@@ -247,7 +240,7 @@ class SafeCheckpointHook(CheckpointHook):
             (key,) = [k for k, p in paths().items() if p and k not in saved]
             try:
                 self._save(runner, out_dir, filename, **kwargs)
-            except _NotSaved:
+            except NotSavedError:
                 failed.append((key, paths()[key]))
                 raise
             saved.add(key)
@@ -259,10 +252,10 @@ class SafeCheckpointHook(CheckpointHook):
         for key in former:
             set_path(key, None)
         try:
-            super()._save_best_checkpoint(_SavingRunner(runner, save), metrics)
-        except _NotSaved as error:
+            super()._save_best_checkpoint(SavingRunner(runner, save), metrics)
+        except NotSavedError as error:
             ((key, path),) = failed
-            _restore(hub, [f'best_{what}{key}' for what in ('score', 'ckpt')], before)
+            restore(hub, [f'best_{what}{key}' for what in ('score', 'ckpt')], before)
             self._report(runner, error, path)
         finally:
             for key in former.keys() - saved:
@@ -276,29 +269,7 @@ class SafeCheckpointHook(CheckpointHook):
             with atomic_local_files():
                 runner.save_checkpoint(*args, **kwargs)
 
-        self._together(save)
-
-    def _together(self, work: Callable[[], None]) -> None:
-        """Fail in all processes if one has failed: they must not part ways.
-
-        Raises:
-            _NotSaved: If it was by an OSError.
-            Exception: If it was by any other.
-        """
-        failure, reason = None, None
-        try:
-            work()
-        except Exception as error:
-            failure = error
-            reason = (isinstance(error, OSError), _reason(error))
-        reasons = [r for r in all_gather_object(reason) if r is not None]
-        if failure is not None and not reason[0]:
-            raise failure
-        if reasons:
-            disk, text = min(reasons)
-            if not disk:
-                raise RuntimeError(f'another process cannot save: {text}')
-            raise _NotSaved(text) from failure
+        together(save)
 
     def _report(
         self,
@@ -313,10 +284,10 @@ class SafeCheckpointHook(CheckpointHook):
         good = f'the last good checkpoint is {good}' if good else 'there is none yet'
         stop = final or self.on_save_error == 'stop'
         then = 'training ends' if stop else 'training goes on'
-        message = f'cannot {what} {path}: {_reason(error)}; {good}; {then}'
+        message = f'cannot {what} {path}: {reason_of(error)}; {good}; {then}'
         runner.logger.error(message)
         if stop:
-            raise OSError(message) from error
+            raise NotSavedError(message, error.errno) from error
 
     def _remove_outdated(self, runner: Runner) -> None:
         """Remove what has been replaced; what cannot be is tried again."""
@@ -328,56 +299,11 @@ class SafeCheckpointHook(CheckpointHook):
                 remove_checkpoint(self, name)
             except OSError as error:
                 path = self.file_backend.join_path(self.out_dir, name)
-                runner.logger.warning(f'Cannot remove {path}: {_reason(error)}')
+                runner.logger.warning(f'Cannot remove {path}: {reason_of(error)}')
                 self._outdated.append(name)
-
-
-def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
-    """List the hooks of a runner that save, of mmengine's class or of one below it.
-
-    Args:
-        runner (Runner): The runner.
-
-    Returns:
-        list[CheckpointHook]: In the order of their priority.
-    """
-    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-
-
-def remove_checkpoint(hook: CheckpointHook, name: str) -> None:
-    """Delete a file, or what DeepSpeed saves as a folder, if it is there.
-
-    Args:
-        hook (CheckpointHook): Of the main process; it knows the place.
-        name (str): Name of the file.
-
-    Raises:
-        OSError: If it cannot be deleted.
-    """
-    backend = hook.file_backend
-    path = backend.join_path(hook.out_dir, name)
-    if backend.isfile(path):
-        backend.remove(path)
-    elif backend.isdir(path):
-        backend.rmtree(path)
 
 
 def _note(note: str, path: str) -> None:
     """Write ``last_checkpoint``, in the first process."""
     if is_main_process():
         write_file(note, path, overwrite=True)
-
-
-def _restore(hub: object, keys: list[str], before: dict) -> None:
-    """Give the message hub what it held, or did not hold, before."""
-    for key in keys:
-        if key in before:
-            hub.update_info(key, before[key])
-        else:
-            hub.pop_info(key)
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line what is wrong; paths of temporary files help nobody."""
-    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-    return text.splitlines()[0]

@@ -12,7 +12,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from .agreement import steps_of
-from .checkpoint import checkpoint_hooks
 from .data_position import (
     AdvancedIterator,
     Remainder,
@@ -20,6 +19,7 @@ from .data_position import (
     shift_batch_index,
 )
 from .random_state import get_random_state, set_random_state
+from .saving import checkpoint_hooks
 
 __all__ = ['ExactResumeHook']
 

@@ -18,7 +18,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..launch import PREEMPTED
-from .checkpoint import checkpoint_hooks, remove_checkpoint
+from .saving import checkpoint_hooks, remove_checkpoint
 
 __all__ = ['PreemptionHook']
 

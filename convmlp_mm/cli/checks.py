@@ -1,0 +1,100 @@
+"""What is checked before a run begins: data, settings and GPUs."""
+
+from __future__ import annotations
+
+import os
+import os.path as osp
+
+import torch
+from mmengine.config import Config, ConfigDict
+
+from ..config_checks import check_settings
+
+__all__ = ['check_data', 'check_gpus']
+
+
+# Data sets that fetch themselves.
+DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+
+def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Check the settings, and that what the data sets and metrics name is there.
+
+    Args:
+        cfg (Config): The configuration.
+        splits (tuple[str]): Of ``'train'``, ``'val'`` and ``'test'``, those
+            that will be used.
+
+    Raises:
+        FileNotFoundError: If a folder or file is not; the message names it and
+            the key of the configuration.
+        IsADirectoryError: If a file is a folder.
+        NotADirectoryError: If a folder is a file.
+        ValueError: See :func:`convmlp_mm.config_checks.check_settings`.
+    """
+    check_settings(cfg, splits)
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        if loader is not None:
+            _check_dataset(loader['dataset'], f'{split}_dataloader.dataset')
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        if isinstance(evaluators, dict):
+            evaluators = [evaluators]
+        for evaluator in evaluators:
+            path = evaluator.get('ann_file')
+            if path:
+                _check_path(path, f'{split}_evaluator.ann_file', 'annotation file')
+
+
+def _check_dataset(dataset: ConfigDict, key: str) -> None:
+    """Walk wrappers such as RepeatDataset down to the data sets with files."""
+    if 'dataset' in dataset:
+        _check_dataset(dataset['dataset'], f'{key}.dataset')
+        return
+    if 'datasets' in dataset:
+        for i, part in enumerate(dataset['datasets']):
+            _check_dataset(part, f'{key}.datasets.{i}')
+        return
+    if str(dataset.get('type', '')).rpartition('.')[2] in DOWNLOADED:
+        return
+    root = dataset.get('data_root') or ''
+    if root:
+        _check_path(root, f'{key}.data_root', 'data folder')
+    if dataset.get('ann_file'):
+        path = osp.join(root, dataset['ann_file'])
+        _check_path(path, f'{key}.ann_file', 'annotation file')
+    prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):
+        prefixes = {'': prefixes}
+    for name, prefix in prefixes.items():
+        if prefix:
+            name = f'{key}.data_prefix.{name}'.rstrip('.')
+            _check_path(osp.join(root, prefix), name, 'data folder')
+
+
+def _check_path(path: str, key: str, what: str) -> None:
+    """Let remote paths pass: only the run can tell."""
+    if '://' in path:
+        return
+    found, named = osp.expanduser(path), f'(named by {key} in the configuration)'
+    if not osp.exists(found):
+        raise FileNotFoundError(f'{what} {path!r} does not exist {named}')
+    if what == 'annotation file' and osp.isdir(found):
+        raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
+    if what == 'data folder' and not osp.isdir(found):
+        raise NotADirectoryError(f'{what} {path!r} is a file {named}')
+
+
+def check_gpus() -> None:
+    """Check that each process of this machine has a GPU of its own.
+
+    Raises:
+        ValueError: If there are more processes than visible GPUs.
+    """
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise ValueError(
+            f'{processes} processes need as many GPUs, but '
+            f'{torch.cuda.device_count()} are visible (CUDA_VISIBLE_DEVICES is '
+            f'{os.environ.get("CUDA_VISIBLE_DEVICES", "not set")})'
+        )

@@ -1,0 +1,95 @@
+"""How a run of a tool ends: messages, exit codes, and the group of the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import os.path as osp
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+import torch
+
+from ..launch import MISTAKE
+
+__all__ = ['closing_group', 'final_mistakes', 'one_line_errors']
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can get wrong into one line and exit code 2.
+
+    To be put around the preparation only: an error in the middle of a run
+    keeps its stack trace.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        # str() of a KeyError is the repr of its message.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        program = osp.basename(sys.argv[0])
+        print(f'{program}: error: {message}', file=sys.stderr)
+        sys.exit(MISTAKE)
+
+
+# They come again however often one tries, unlike those of memory and networks.
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    FileNotFoundError,
+    ImportError,
+    LookupError,
+    NameError,
+    PermissionError,
+    TypeError,
+    ValueError,
+)
+
+
+# So do these of a disk; others, of one that is far away, may pass.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextlib.contextmanager
+def final_mistakes() -> Iterator[None]:
+    """Tell a launcher that restarts not to do so after what comes again.
+
+    That is a mistake of the user's, or a disk that is full or cannot be written. The
+    stack trace stays. Without such a launcher nothing changes.
+    """
+    try:
+        yield
+    except (*MISTAKES, OSError) as error:
+        final = isinstance(error, MISTAKES) or error.errno in FULL
+        if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.exit(MISTAKE)
+
+
+@contextlib.contextmanager
+def closing_group() -> Iterator[None]:
+    """Close the group of the processes when a run has ended.
+
+    torch leaves its threads to the end of the interpreter, where one that drops the
+    tensors of the last collective may abort the process, with an exit code that is not
+    the run's. After an error the group stays: to close it could wait for the others.
+    """
+    try:
+        yield
+    except SystemExit:
+        _close_group()
+        raise
+    _close_group()
+
+
+def _close_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        # To drop a tensor of Python, a thread needs the interpreter's lock. It is given
+        # here to those that wait for it: the models that hold the group keep them.
+        time.sleep(0.1)

@@ -1,0 +1,187 @@
+"""Options that tools share, and how they change a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import os.path as osp
+from collections.abc import Callable, Iterable
+
+from mmengine.config import Config, DictAction
+
+from ..config_checks import read_config
+from .checks import check_gpus
+
+__all__ = [
+    'add_cfg_options',
+    'add_common_arguments',
+    'load_config',
+    'map_config',
+    'merge_options',
+]
+
+
+class _CfgOptions(DictAction):
+    """mmengine's action, which takes the spaces out of every value, paths too."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> object:
+        if ' ' in val and not set('[](),') & set(val):
+            return val
+        return DictAction._parse_iterable(val)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, whose value :func:`merge_options` takes.
+
+    Args:
+        parser (ArgumentParser): It is changed.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        metavar='KEY=VALUE',
+        help='override settings of the configuration, for instance '
+        'optim_wrapper.optimizer.lr=2e-4; lists as key="[a,b]". data_root '
+        'moves the data of all data sets and metrics that lie below it; '
+        'num_classes sets all heads that have the number of the configuration',
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, named as in mmdet.
+
+    Args:
+        parser (ArgumentParser): It is changed.
+    """
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints; by default work_dir of the '
+        'configuration, else work_dirs/ and the name of the configuration',
+    )
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what has started this process among others',
+    )
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='only check that the configuration and the data are there; the '
+        'launchers do so before they start any process',
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable itself.
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the configuration and merge the common options into it.
+
+    Args:
+        args (Namespace): Parsed options of :func:`add_common_arguments` and
+            ``config``.
+
+    Returns:
+        Config: With ``work_dir`` and ``launcher`` set.
+
+    Raises:
+        FileNotFoundError: If the configuration does not exist.
+        ValueError: If there are more processes than GPUs, or if a ``strategy`` goes
+            with the moving average of EMAHook.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    check_gpus()
+    if not osp.isfile(args.config):
+        raise FileNotFoundError(f'configuration {args.config!r} does not exist')
+    cfg = read_config(args.config)
+    merge_options(cfg, args.cfg_options or {})
+    hooks = cfg.get('custom_hooks') or []
+    if cfg.get('strategy') and any(h.get('type') == 'EMAHook' for h in hooks):
+        raise ValueError(
+            'strategy does not go with EMAHook in custom_hooks, which needs the whole '
+            'model in each process'
+        )
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('work_dirs', name)
+    return cfg
+
+
+def merge_options(cfg: Config, options: dict) -> None:
+    """Override settings of a configuration.
+
+    Args:
+        cfg (Config): It is changed.
+        options (dict): Values by dotted keys. ``data_root`` and
+            ``num_classes`` reach the places that they were copied to.
+    """
+    if 'data_root' in options and cfg.get('data_root'):
+        _move_data_root(cfg, cfg.data_root, options['data_root'])
+    if 'num_classes' in options and cfg.get('num_classes'):
+        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
+    cfg.merge_from_dict(dict(options))
+
+
+def _map_leaves(function: Callable, value: object, key: object = None) -> object:
+    """Copy nested dicts and lists with ``function(key, leaf)`` at each leaf.
+
+    The items of a list have the key of the list.
+    """
+    if isinstance(value, dict):
+        return {k: _map_leaves(function, v, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_leaves(function, v, key) for v in value)
+    return function(key, value)
+
+
+def map_config(cfg: Config, keys: Iterable[str], function: Callable) -> None:
+    """Change some top-level values of a configuration, leaf by leaf.
+
+    Args:
+        cfg (Config): It is changed.
+        keys (Iterable[str]): Of the values; those that it does not have are left out.
+        function (Callable): Called with the key and the value of each leaf of nested
+            dicts and lists, it returns the new one. The items of a list have the key
+            of the list.
+    """
+    for key in keys:
+        if cfg.get(key) is not None:
+            setattr(cfg, key, _map_leaves(function, cfg.get(key)))
+
+
+def _move_data_root(cfg: Config, old: str, new: str) -> None:
+    """Put ``new`` for a leading ``old`` in the paths of data sets and metrics.
+
+    ``data_root`` in a configuration is only a variable: by the time that an
+    option overrides it, its value has been copied into them.
+    """
+    root = old if old.endswith('/') else old + '/'
+
+    def moved(key, value):
+        if isinstance(value, str) and (value == old or value.startswith(root)):
+            return osp.join(new, value[len(root) :])
+        return value
+
+    splits = ('train', 'val', 'test')
+    parts = ('dataloader', 'evaluator')
+    map_config(cfg, [f'{s}_{p}' for s in splits for p in parts], moved)
+
+
+def _set_num_classes(cfg: Config, old: int, new: int) -> None:
+    """Put ``new`` for ``old`` wherever the model states ``num_classes``.
+
+    As ``data_root``, it is only a variable that has been copied.
+    """
+
+    def changed(key, value):
+        return new if key == 'num_classes' and value == old else value
+
+    map_config(cfg, ('model', 'data_preprocessor'), changed)

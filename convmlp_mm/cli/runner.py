@@ -1,0 +1,208 @@
+"""The Runner of a configuration, where it is started and by whom."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import CheckpointLoader, Runner, checkpoint
+
+from ..checkpoint_io import read_checkpoint
+from ..config_checks import check_optimizer
+from ..data_checks import check_while_reading
+from ..engine.latest import find_latest_checkpoint
+from ..launch import keep_memory
+from .options import map_config
+
+__all__ = [
+    'build_runner',
+    'checkpoint_of_restart',
+    'load_from_weights_only',
+    'plain_optim_wrapper',
+    'read_slurm',
+    'read_weights_only',
+]
+
+
+# Of the names of checkpoints; S3 as mmengine spells it.
+SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+
+
+def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
+    """Return where to go on when torchrun has started the processes again.
+
+    Args:
+        work_dir (str): The folder of the run.
+        resume (str, optional): The value of ``--resume``: with ``'auto'``, any
+            checkpoint in the folder counts, otherwise only one that was saved since
+            the launch, of which tools/dist_run.sh notes the time.
+
+    Returns:
+        str, optional: Its path; None in the first attempt, and if there is none.
+    """
+    attempt = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
+    if not any(int(os.environ.get(name, 0)) for name in attempt):
+        return None
+    since = float(os.environ.get('CONVMLP_MM_LAUNCH_TIME', 'inf'))
+    return find_latest_checkpoint(work_dir, None if resume == 'auto' else since)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner of a configuration, where there is no GPU for the CPU.
+
+    mmengine's mixed precision and torch's SyncBN between processes do not run
+    on a CPU; there, a recipe that has them is trained in single precision (with
+    ``dtype='bfloat16'`` in that) and with BN, and says so. With GPUs the
+    configuration is taken as it is.
+
+    Args:
+        cfg (Config): It is changed on the CPU, and where it has a ``strategy``,
+            which only the FlexibleRunner knows.
+
+    Returns:
+        Runner: Of the type ``runner_type``, if the configuration has it.
+    """
+    read_weights_only()
+    if cfg.launcher == 'slurm':
+        read_slurm()
+    check_while_reading(cfg.get('default_scope'))
+    if cfg.get('strategy') is not None:
+        _fit_strategy(cfg)
+    if get_device() == 'cpu':
+        keep_memory()
+        _fit_to_cpu(cfg)
+        if cfg.launcher in ('pytorch', 'slurm'):
+            _prepare_gloo(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    check_optimizer(cfg)
+    return runner
+
+
+def _fit_strategy(cfg: Config) -> None:
+    """Let a strategy be the one option that it takes."""
+    if cfg.launcher == 'none':
+        # One process has nobody to share with, and loads the whole model.
+        cfg.pop('strategy')
+        cfg.pop('runner_type', None)
+        print('one process: the plain Runner, without a strategy', file=sys.stderr)
+        return
+    cfg.setdefault('runner_type', 'FlexibleRunner')
+
+
+def read_weights_only() -> None:
+    """Let mmengine read every checkpoint as :func:`read_checkpoint` does.
+
+    Not at import: only the tools of this package decide for the whole process.
+    """
+    CheckpointLoader.register_scheme(SCHEMES, load_from_weights_only, force=True)
+    # The loaders of torchvision://, open-mmlab:// and mmcls:// turn a name into a URL
+    # and call this, so that they are safe with it, and whole files enter the cache.
+    checkpoint.load_from_http = load_from_weights_only
+
+
+def load_from_weights_only(filename: str, map_location: object = None) -> dict:
+    """Read for mmengine, which takes the name of this function into its log."""
+    return read_checkpoint(filename, map_location or 'cpu')
+
+
+def _fit_to_cpu(cfg: Config) -> None:
+    """Replace what only accelerators run.
+
+    For a single process, mmengine itself turns SyncBN into BN.
+    """
+    replaced = []
+    wrapper = cfg.get('optim_wrapper') or {}
+    bfloat16 = wrapper.get('dtype') == 'bfloat16'
+    if plain_optim_wrapper(wrapper):
+        if bfloat16:
+            wrapper['type'] = 'BFloat16OptimWrapper'
+        replaced.append(f'{wrapper["type"]} instead of AmpOptimWrapper')
+
+    def local_norm(key, value):
+        if key == 'type' and value == 'SyncBN':
+            replaced.append('BN instead of SyncBN')
+            return 'BN'
+        return value
+
+    if cfg.launcher != 'none':
+        map_config(cfg, ['model'], local_norm)
+    if replaced and os.environ.get('RANK', '0') == '0':
+        changes = ' and '.join(dict.fromkeys(replaced))
+        print(f'on the CPU, with {changes}', file=sys.stderr)
+
+
+def plain_optim_wrapper(wrapper: dict) -> bool:
+    """Turn mixed precision into single precision.
+
+    Args:
+        wrapper (dict): ``optim_wrapper`` of a configuration; it is changed.
+
+    Returns:
+        bool: Whether it was mixed.
+    """
+    if wrapper.get('type') != 'AmpOptimWrapper':
+        return False
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+    wrapper['type'] = 'OptimWrapper'
+    return True
+
+
+def read_slurm() -> None:
+    """Put what srun tells a process into the variables that torchrun would set.
+
+    What is set already stays. mmengine does the same where there are GPUs, but with
+    port 29500, at which two jobs on a machine meet; here it depends on the job.
+
+    Raises:
+        ValueError: If srun has not started this process, or the address of the first
+            machine cannot be found.
+    """
+    env = os.environ
+    missing = [k for k in ('SLURM_PROCID', 'SLURM_NTASKS') if k not in env]
+    if missing:
+        raise ValueError(
+            f'--launcher slurm is for processes that srun has started, but '
+            f'{" and ".join(missing)} are not in the environment'
+        )
+    env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
+    env['LOCAL_RANK'] = env.get('SLURM_LOCALID', '0')
+    env.setdefault('MASTER_PORT', str(15000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
+    if 'MASTER_ADDR' not in env:
+        nodes = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_NODELIST', '')
+        try:
+            names = subprocess.check_output(
+                ['scontrol', 'show', 'hostnames', nodes], text=True
+            )
+            env['MASTER_ADDR'] = names.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise ValueError(
+                f'scontrol does not tell the first host of {nodes!r}; set MASTER_ADDR'
+            ) from None
+
+
+def _prepare_gloo(cfg: Config) -> None:
+    """Let the launchers' processes talk by gloo.
+
+    mmengine selects a GPU for each process and hands DDP its number, neither
+    of which exists on a CPU.
+    """
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    strategy = cfg.get('strategy') or {}
+    if strategy.get('type') == 'DDPStrategy':
+        strategy.setdefault('model_wrapper', dict(broadcast_buffers=False))
+        strategy.model_wrapper.setdefault('device_ids', None)
+    if cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+    if cfg.model_wrapper_cfg.get('type', '').endswith('DistributedDataParallel'):
+        cfg.model_wrapper_cfg.setdefault('device_ids', None)

@@ -276,6 +276,8 @@ RESNET = {'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}
 
 CHECKPOINTS = [
     case('missing checkpoint', DET, ["weights.pth' does not exist"], tool=TEST),
+    case('folder as a checkpoint', DET, ["weights.pth' is a folder", 'clusters.md'],
+         tool=TEST, spoil=lambda paths: paths.checkpoint.mkdir()),
     case('checkpoint of another architecture', DET, ['does not fit', 'missing'],
          tool=TEST, spoil=checkpoint(RESNET)),
     case('published detector of another size', DET, ['does not fit', 'another shape'],
@@ -294,6 +296,11 @@ CHECKPOINTS = [
          'load_from=http://127.0.0.1:9/weights.pth'),
     case('no checkpoint to resume', DET, ["'no.pth' does not exist"],
          arguments=lambda paths: ['--resume', 'no.pth']),
+    case('folder to resume from', DET, ["images' is a folder", 'DeepSpeed'],
+         arguments=lambda paths: ['--resume', paths.data / 'images']),
+    case('checkpoint file for DeepSpeed', DET,
+         ["load_from must be a folder that DeepSpeed has saved, but is 'a.pth'"],
+         'strategy.type=DeepSpeedStrategy', 'load_from=a.pth'),
     case('predictions in another format', DET, ['--out must end with .pkl', 'a.json'],
          tool=TEST, spoil=checkpoint({}),
          arguments=lambda paths: ['--out', 'a.json']),

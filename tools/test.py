@@ -2,7 +2,6 @@
 """Evaluate a checkpoint of any configuration of mmpretrain, mmdet or mmseg."""
 
 import argparse
-import os.path as osp
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
@@ -10,6 +9,7 @@ from mmengine.evaluator import DumpResults
 from convmlp_mm.cli import (
     add_common_arguments,
     build_runner,
+    check_checkpoint,
     check_data,
     closing_group,
     load_config,
@@ -56,8 +56,7 @@ def draw_to(cfg: Config, folder: str) -> None:
 def prepare(args: argparse.Namespace) -> Config:
     """Merge the options of testing into the configuration and check it."""
     cfg = load_config(args)
-    if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
-        raise FileNotFoundError(f'checkpoint {args.checkpoint!r} does not exist')
+    check_checkpoint(args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must end with .pkl or .pickle, but got {args.out!r}')
     cfg.load_from = args.checkpoint

@@ -2,7 +2,6 @@
 """Train any configuration of mmpretrain, mmdet or mmseg through its Runner."""
 
 import argparse
-import os.path as osp
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -10,6 +9,7 @@ from mmengine.device import get_device
 from convmlp_mm.cli import (
     add_common_arguments,
     build_runner,
+    check_checkpoint,
     check_data,
     checkpoint_of_restart,
     closing_group,
@@ -84,8 +84,7 @@ def prepare(args: argparse.Namespace) -> Config:
         if cfg.resume:
             cfg.load_from = newest
     elif args.resume is not None:
-        if '://' not in args.resume and not osp.isfile(args.resume):
-            raise FileNotFoundError(f'checkpoint {args.resume!r} does not exist')
+        check_checkpoint(args.resume, folder=cfg.get('strategy') is not None)
         cfg.resume, cfg.load_from = True, args.resume
     check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
     return cfg

@@ -5,7 +5,7 @@ lines. These functions are the part that they have in common, with the checks
 that users otherwise meet as a stack trace from every process.
 """
 
-from .checks import check_data, check_gpus
+from .checks import check_checkpoint, check_data, check_gpus
 from .errors import closing_group, final_mistakes, one_line_errors
 from .options import (
     add_cfg_options,
@@ -25,6 +25,7 @@ __all__ = [
     'add_cfg_options',
     'add_common_arguments',
     'build_runner',
+    'check_checkpoint',
     'check_data',
     'check_gpus',
     'checkpoint_of_restart',

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 
 from ..config_checks import check_settings
 
-__all__ = ['check_data', 'check_gpus']
+__all__ = ['check_checkpoint', 'check_data', 'check_gpus']
 
 
 # Data sets that fetch themselves.
@@ -83,6 +83,29 @@ def _check_path(path: str, key: str, what: str) -> None:
         raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
     if what == 'data folder' and not osp.isdir(found):
         raise NotADirectoryError(f'{what} {path!r} is a file {named}')
+
+
+def check_checkpoint(path: str, folder: bool = False) -> None:
+    """Check that a checkpoint is there; of a URL, only the run can tell.
+
+    Args:
+        path (str): Path or URL.
+        folder (bool): Whether it may be a folder, as DeepSpeed writes it. Defaults to
+            False.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        IsADirectoryError: If it is a folder and must not be.
+    """
+    if '://' in path or osp.isfile(path):
+        return
+    if not osp.isdir(path):
+        raise FileNotFoundError(f'checkpoint {path!r} does not exist')
+    if not folder:
+        raise IsADirectoryError(
+            f'checkpoint {path!r} is a folder; how to make a file of what DeepSpeed '
+            'saves is said in docs/clusters.md'
+        )
 
 
 def check_gpus() -> None:

@@ -92,7 +92,8 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: If the configuration does not exist.
         ValueError: If there are more processes than GPUs, or if a ``strategy`` goes
-            with the moving average of EMAHook.
+            with the moving average of EMAHook, or DeepSpeed's with a file as
+            ``load_from``.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_gpus()
@@ -100,12 +101,8 @@ def load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
-    hooks = cfg.get('custom_hooks') or []
-    if cfg.get('strategy') and any(h.get('type') == 'EMAHook' for h in hooks):
-        raise ValueError(
-            'strategy does not go with EMAHook in custom_hooks, which needs the whole '
-            'model in each process'
-        )
+    if cfg.get('strategy'):
+        _check_strategy(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -113,6 +110,23 @@ def load_config(args: argparse.Namespace) -> Config:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs', name)
     return cfg
+
+
+def _check_strategy(cfg: Config) -> None:
+    """Refuse what mmengine's strategies fail on in the middle."""
+    hooks = cfg.get('custom_hooks') or []
+    if any(h.get('type') == 'EMAHook' for h in hooks):
+        raise ValueError(
+            'strategy does not go with EMAHook in custom_hooks, which needs the whole '
+            'model in each process'
+        )
+    start = cfg.get('load_from')
+    if cfg.strategy.type == 'DeepSpeedStrategy' and start and not osp.isdir(start):
+        raise ValueError(
+            'with strategy.type=DeepSpeedStrategy, load_from must be a folder that '
+            f'DeepSpeed has saved, but is {start!r}; weights of the backbone are '
+            'loaded by model.backbone.init_cfg'
+        )
 
 
 def merge_options(cfg: Config, options: dict) -> None:

@@ -19,7 +19,7 @@ write_config('short.py', epochs=2, world_size=2)
 pause = dict(type='SignalOnce', marker='never', name='SIGTERM', iteration=-1)
 write_config('long.py', [dict(pause, every=0.5)], epochs=10, world_size=2)
 # Only the time limit ends the first attempt.
-write_config('longer.py', [dict(pause, every=1)], epochs=10, world_size=2)
+write_config('longer.py', [dict(pause, every=2)], epochs=10, world_size=2)
 PYTHON
 
 check() {

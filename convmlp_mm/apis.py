@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
-import os.path as osp
 import warnings
 from collections import Counter
-from importlib import import_module, util
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +14,9 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
 from .checkpoint_io import read_checkpoint
-from .config_checks import read_config
+from .config_files import TOOLKITS, find_config
 from .weights import fit_checkpoint
-from .zoo import SCOPE, config_path, published_weights
+from .zoo import published_weights
 
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
@@ -28,138 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     'build_model',
-    'find_config',
     'get_inferencer',
     'get_model',
     'load_weights',
-    'mim_folder',
     'switch_to_deploy',
 ]
-
-TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
-
-
-def find_config(name: str | Config) -> Config:
-    """Read a configuration that is named in any of the usual ways.
-
-    Args:
-        name (str | Config): The path of a file; a name that :func:`config_path` knows,
-            with ``convmlp_mm::`` before it or not; a file that a toolkit
-            carries, such as ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``;
-            or a classifier of timm, such as ``'timm::resmlp_24_224'``. A
-            configuration that has been read already is returned.
-
-    Returns:
-        Config: The configuration.
-
-    Raises:
-        ValueError: If there is none of this name, or if it has no model.
-        ImportError: If the toolkit or timm is not installed.
-    """
-    if isinstance(name, Config):
-        return name
-    cfg = _read_config(name)
-    if cfg.get('model') is None:
-        raise ValueError(f'the configuration {name!r} has no model')
-    return cfg
-
-
-def _read_config(name: str) -> Config:
-    scope, colons, rest = name.rpartition('::')
-    if colons and scope == 'timm':
-        return _timm_config(rest)
-    if colons and scope in TOOLKITS:
-        cfg = read_config(_toolkit_config(scope, rest))
-        # Files of a backbone alone do not inherit it.
-        cfg.setdefault('default_scope', scope)
-        return cfg
-    if colons and scope != SCOPE:
-        known = ', '.join(f'{s}::' for s in (SCOPE, *TOOLKITS, 'timm'))
-        raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
-    # A folder may be called like a model.
-    if not colons and osp.isfile(name):
-        return read_config(name)
-    return read_config(config_path(rest))
-
-
-def mim_folder(scope: str) -> Path:
-    """Find the configurations and metafiles that a toolkit carries.
-
-    mmengine's own way asks for the distribution of the original stack.
-
-    Args:
-        scope (str): The toolkit.
-
-    Returns:
-        Path: The folder ``.mim`` in the package.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    spec = util.find_spec(scope)
-    if spec is None:
-        raise ImportError(f'{scope} is not installed')
-    return Path(spec.origin).parent / '.mim'
-
-
-def _toolkit_config(scope: str, name: str) -> str:
-    """Find a configuration of a toolkit."""
-    configs = mim_folder(scope) / 'configs'
-    path = configs / f'{name.removesuffix(".py")}.py'
-    if not path.is_file():
-        folder = configs / Path(name).parent
-        there = sorted(p.name for p in folder.glob('*.py'))
-        raise ValueError(
-            f'{scope} has no configuration {name!r}; '
-            + (
-                f'{folder} has {", ".join(there)}'
-                if there
-                else f'the folders in {configs} are '
-                + ', '.join(sorted(p.name for p in configs.iterdir()))
-            )
-        )
-    return str(path)
-
-
-def _timm_config(name: str) -> Config:
-    """Describe a classifier of timm for mmpretrain, with timm's preprocessing."""
-    import timm
-
-    if not timm.is_model(name):
-        similar = timm.list_models(f'{name.partition("_")[0]}*')
-        raise ValueError(
-            f'timm has no model {name!r}'
-            + (f'; it has {", ".join(similar)}' if similar else '')
-        )
-    given = timm.get_pretrained_cfg(name)
-    size = given.input_size[-1]
-    pipeline = [
-        dict(type='LoadImageFromFile'),
-        dict(
-            type='ResizeEdge',
-            scale=math.floor(size / (given.crop_pct or 1)),
-            edge='short',
-            backend='pillow',
-            interpolation=given.interpolation or 'bicubic',
-        ),
-        dict(type='CenterCrop', crop_size=size),
-        dict(type='PackInputs'),
-    ]
-    classes = given.num_classes or 1000
-    dataset = dict(type='ImageNet' if classes == 1000 else 'CustomDataset')
-    return Config(
-        dict(
-            default_scope='mmpretrain',
-            model=dict(type='TimmClassifier', model_name=name),
-            data_preprocessor=dict(
-                num_classes=classes,
-                mean=[255 * value for value in given.mean],
-                std=[255 * value for value in given.std],
-                to_rgb=True,
-            ),
-            test_dataloader=dict(dataset=dict(pipeline=pipeline, **dataset)),
-        )
-    )
 
 
 def build_model(cfg: Config) -> BaseModel:
@@ -277,6 +147,7 @@ def get_inferencer(
         with DefaultScope.overwrite_default_scope(scope):
             return ImageClassificationInferencer(model)
     meta = _dataset_meta(cfg)
+    cfg = _name_collate_fn(cfg)
     with warnings.catch_warnings():
         # Of weights that are not loaded and classes that are guessed: both
         # are put right below.
@@ -389,6 +260,15 @@ def switch_to_deploy(model: nn.Module) -> None:
             fuse_conv_bn(module)
     if any(isinstance(module, ConvMLP) for module in modules):
         model.to(memory_format=torch.channels_last)
+
+
+def _name_collate_fn(cfg: Config) -> Config:
+    """Write ``collate_fn`` as mmengine's inferencer reads it, unlike its Runner."""
+    collate_fn = (cfg.get('test_dataloader') or {}).get('collate_fn')
+    if isinstance(collate_fn, dict):
+        cfg = copy.deepcopy(cfg)
+        cfg.test_dataloader.collate_fn = collate_fn['type']
+    return cfg
 
 
 def _palette(classes: int) -> list[list[int]]:

@@ -16,27 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint_io import read_checkpoint
+from .layouts import (
+    BACKBONE,
+    BACKBONE_PREFIXES,
+    name_as_model,
+    some_of,
+    tensors_of,
+    without_module,
+)
 
 __all__ = [
     'describe_arch',
     'extract_backbone',
     'fit_checkpoint',
     'load_backbone_weights',
-    'name_as_model',
-    'to_mm_layout',
-    'to_published_layout',
 ]
 
 # What a classifier's checkpoint holds beyond the feature extractor.
 HEAD_PREFIXES = ('head.', 'norm.')
-# The tops of the backbone's published names.
-BACKBONE = 'backbone.'
-BACKBONE_PREFIXES = ('tokenizer.', 'conv_stages.', 'stages.')
-# How mmpretrain calls a classifier's head.
-CLASSIFIER_HEAD = 'head.fc.'
-# What the toolkits keep of a data set; in capitals in their former versions.
-DATASET_META = ('classes', 'palette')
-MAX_NAMES = 6
 
 
 def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
@@ -57,7 +54,7 @@ def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
     Raises:
         ValueError: If nothing has the prefix.
     """
-    state_dict = _state_dict(checkpoint)
+    state_dict = tensors_of(checkpoint)
     if prefix is None:
         prefix = _find_prefix(state_dict)
     elif prefix and not prefix.endswith('.'):
@@ -66,17 +63,9 @@ def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
     if not found:
         raise ValueError(
             f'no tensor in the checkpoint has the prefix {prefix!r}; there are '
-            f'{_some(state_dict) or "no tensors"}'
+            f'{some_of(state_dict) or "no tensors"}'
         )
     return found
-
-
-def _state_dict(checkpoint: Mapping) -> dict[str, Tensor]:
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    return {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
 
 
 def _find_prefix(state_dict: Mapping[str, Tensor]) -> str:
@@ -157,7 +146,7 @@ def fit_checkpoint(
         found = name_as_model(checkpoint)
     else:
         # Another backbone, whose names may begin as the published ones do.
-        found = _without_module(checkpoint)
+        found = without_module(checkpoint)
 
     heads = [
         key
@@ -189,118 +178,10 @@ def fit_checkpoint(
         may_be_skipped,
     )
     if heads:
-        message += f', skipped for another number of classes {_some(heads)}'
+        message += f', skipped for another number of classes {some_of(heads)}'
     if absent:
-        message += f', not in the file {_some(absent)}'
+        message += f', not in the file {some_of(absent)}'
     return loaded, message
-
-
-def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Give the tensors of a checkpoint the names they have in the toolkits.
-
-    Args:
-        checkpoint (Mapping): See :func:`fit_checkpoint`.
-
-    Returns:
-        dict[str, Tensor]: Without ``module.``, the backbone's tensors with
-        the prefix ``backbone.``, and a published classifier's head as
-        mmpretrain names it.
-    """
-    found = _without_module(checkpoint)
-    if any(key.startswith(BACKBONE_PREFIXES) for key in found):
-        found = {_rename_classifier(key): value for key, value in found.items()}
-    return found
-
-
-def _without_module(checkpoint: Mapping) -> dict[str, Tensor]:
-    state_dict = _state_dict(checkpoint)
-    return {key.removeprefix('module.'): value for key, value in state_dict.items()}
-
-
-def _rename_classifier(key: str) -> str:
-    """Give a tensor of a published classifier its name in mmpretrain."""
-    if key.startswith('head.'):
-        return CLASSIFIER_HEAD + key.removeprefix('head.')
-    return BACKBONE + key
-
-
-def to_mm_layout(checkpoint: Mapping) -> dict:
-    """Convert a checkpoint to the layout of today's toolkits.
-
-    Args:
-        checkpoint (Mapping): A published classifier, detector of mmdetection
-            2.x or segmentor of mmsegmentation 0.x, or a checkpoint of the
-            Runner. It is not changed.
-
-    Returns:
-        dict: ``state_dict`` with the names of the models, and ``meta``, in
-        which ``dataset_meta`` has the names of the classes if the file has
-        them. The tensors are those of the file.
-
-    Raises:
-        ValueError: If there is no ConvMLP in the checkpoint.
-    """
-    state_dict = _convmlp_model(checkpoint)
-    meta = _plain_meta(checkpoint)
-    dataset_meta = {key: meta.pop(key.upper(), None) for key in DATASET_META}
-    dataset_meta = {key: value for key, value in dataset_meta.items() if value}
-    if dataset_meta:
-        meta.setdefault('dataset_meta', dataset_meta)
-    return dict(state_dict=state_dict, meta=meta)
-
-
-def to_published_layout(checkpoint: Mapping) -> dict:
-    """Convert a checkpoint to the layout of the authors' files.
-
-    Args:
-        checkpoint (Mapping): See :func:`to_mm_layout`.
-
-    Returns:
-        dict: For a classifier or a backbone alone, tensors by their published
-        names. For a detector or segmentor, ``state_dict`` with the names of
-        the model, and ``meta`` with ``CLASSES`` and ``PALETTE``, as
-        mmdetection 2.x and mmsegmentation 0.x have them. The tensors are
-        those of the file.
-
-    Raises:
-        ValueError: If there is no ConvMLP in the checkpoint.
-    """
-    state_dict = _convmlp_model(checkpoint)
-    others = [key for key in state_dict if not key.startswith(BACKBONE)]
-    if all(key.startswith(CLASSIFIER_HEAD) for key in others):
-        return {
-            key.replace(CLASSIFIER_HEAD, 'head.').removeprefix(BACKBONE): value
-            for key, value in state_dict.items()
-        }
-    meta = _plain_meta(checkpoint)
-    for key, value in meta.pop('dataset_meta', {}).items():
-        if key.lower() in DATASET_META:
-            meta.setdefault(key.upper(), value)
-    return dict(state_dict=state_dict, meta=meta)
-
-
-def _convmlp_model(checkpoint: Mapping) -> dict[str, Tensor]:
-    state_dict = name_as_model(checkpoint)
-    if not any(key.startswith(BACKBONE + BACKBONE_PREFIXES[0]) for key in state_dict):
-        raise ValueError(
-            'there is no ConvMLP among the tensors, which are '
-            + (_some(state_dict) or 'none')
-        )
-    return state_dict
-
-
-def _plain_meta(checkpoint: Mapping) -> dict:
-    """Keep what a file of weights can hold: text, numbers and lists of them."""
-
-    def is_plain(value: object) -> bool:
-        if isinstance(value, Mapping):
-            return is_plain(list(value.keys())) and is_plain(list(value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(is_plain, value))
-        return value is None or type(value) in (str, int, float, bool)
-
-    meta = checkpoint.get('meta') or {}
-    return {key: value for key, value in meta.items() if is_plain(value)}
 
 
 def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
@@ -381,7 +262,7 @@ def _compare(
     skipped = [key for key in extra if may_be_skipped(key, expected)]
     unknown = [key for key in extra if key not in skipped]
     problems = [
-        f'{len(names)} {what}: {_some(names)}'
+        f'{len(names)} {what}: {some_of(names)}'
         for what, names in (
             ('missing', missing),
             ('of another shape', misshapen),
@@ -402,7 +283,7 @@ def _compare(
         f'{type(model).__name__}: loaded {len(loaded)} of '
         f'{len(model.state_dict())} tensors from {os.fspath(name)}'
     )
-    return loaded, message + (f', skipped {_some(skipped)}' if skipped else '')
+    return loaded, message + (f', skipped {some_of(skipped)}' if skipped else '')
 
 
 def _is_expected_extra(key: str, expected: Iterable[str]) -> bool:
@@ -414,11 +295,3 @@ def _is_expected_extra(key: str, expected: Iterable[str]) -> bool:
     return key.startswith(BACKBONE_PREFIXES) and not any(
         name.startswith(stage) for name in expected
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    """A list that stays readable."""
-    names = list(names)
-    more = len(names) - MAX_NAMES
-    shown = ', '.join(names[:MAX_NAMES])
-    return f'{shown} and {more} more' if more > 0 else shown

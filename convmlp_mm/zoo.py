@@ -193,7 +193,7 @@ def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
         dict: ``state_dict`` with the names that the toolkits use.
     """
     from .checkpoint_io import read_checkpoint
-    from .weights import name_as_model
+    from .layouts import name_as_model
 
     checkpoint = read_checkpoint(filename, map_location or 'cpu')
     meta = checkpoint.get('meta', {})

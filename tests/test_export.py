@@ -12,7 +12,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from convmlp_mm.apis import build_model, find_config
+from convmlp_mm.apis import build_model
+from convmlp_mm.config_files import find_config
 from convmlp_mm.export import (
     ExportError,
     check,

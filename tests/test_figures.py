@@ -8,8 +8,9 @@ import torch
 from mmpretrain.datasets.categories import CIFAR10_CATEGORIES
 from PIL import Image
 
-from convmlp_mm.analysis.common import fit_image, load_models, preprocess, read_image
+from convmlp_mm.analysis.common import load_models
 from convmlp_mm.analysis.feature_maps import choose_channels, map_models
+from convmlp_mm.analysis.images import fit_image, preprocess, read_image
 from convmlp_mm.analysis.saliency import compute_saliency, map_classifiers
 
 CIFAR = 'transfer/convmlp_s_cifar10'

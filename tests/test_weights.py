@@ -27,12 +27,8 @@ from torch import nn
 from convmlp_mm import ConvMLP, get_model, zoo
 from convmlp_mm.checkpoint_io import read_checkpoint
 from convmlp_mm.cli import read_weights_only
-from convmlp_mm.weights import (
-    describe_arch,
-    fit_checkpoint,
-    to_mm_layout,
-    to_published_layout,
-)
+from convmlp_mm.layouts import to_mm_layout, to_published_layout
+from convmlp_mm.weights import describe_arch, fit_checkpoint
 from convmlp_mm.zoo import ROOT
 
 TINY = dict(

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_flatten
 import convmlp_mm
 from convmlp_mm.analysis.complexity import measure_complexity
 from convmlp_mm.analysis.dry_run import dry_run
-from convmlp_mm.apis import build_model, find_config, switch_to_deploy
+from convmlp_mm.apis import build_model, switch_to_deploy
+from convmlp_mm.config_files import find_config
 from convmlp_mm.lazy import register_lazily
 from convmlp_mm.zoo import open_scope
 
@@ -294,6 +295,14 @@ def test_inferencer_predicts_with_the_weights_given(name, classes, picture, tmp_
         (result,) = inferencer(picture, no_save_vis=True)['predictions']
         assert set(result) >= {'labels', 'scores', 'bboxes'}
         assert ('masks' in result) == name.startswith('mask')
+
+
+def test_inferencer_takes_collate_fn_as_the_runner_does(picture):
+    cfg = find_config('semantic_fpn_convmlp_s')
+    cfg.test_dataloader.collate_fn = dict(type='pseudo_collate')
+    inferencer = convmlp_mm.get_inferencer(cfg, False, 'cpu')
+    assert inferencer(picture)['predictions'].shape == (64, 96)
+    assert cfg.test_dataloader.collate_fn == dict(type='pseudo_collate')
 
 
 @pytest.mark.parametrize(

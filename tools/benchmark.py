@@ -16,7 +16,6 @@ import sys
 import torch
 
 from convmlp_mm.analysis.output import format_table
-from convmlp_mm.apis import find_config
 from convmlp_mm.benchmark.arguments import make_jobs, make_parser
 from convmlp_mm.benchmark.data import (
     build_loader,
@@ -33,6 +32,7 @@ from convmlp_mm.benchmark.report import (
 from convmlp_mm.benchmark.rounds import Measurement, WorkerError, run_interleaved
 from convmlp_mm.benchmark.steps import MATMUL
 from convmlp_mm.cli import check_data, merge_options, one_line_errors
+from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
 
 PNG_DPI = 110

@@ -11,7 +11,7 @@ import argparse
 from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
 from convmlp_mm.cli import one_line_errors
 from convmlp_mm.files import check_output, write_file
-from convmlp_mm.weights import to_mm_layout, to_published_layout
+from convmlp_mm.layouts import to_mm_layout, to_published_layout
 
 LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
 

@@ -12,14 +12,13 @@ from convmlp_mm.analysis.common import (
     add_model_arguments,
     check_arguments,
     load_models,
-    read_image,
-    save_sheet,
 )
 from convmlp_mm.analysis.feature_maps import (
     collect_arrays,
-    draw_feature_maps,
     map_models,
 )
+from convmlp_mm.analysis.images import read_image, save_sheet
+from convmlp_mm.analysis.montage import draw_feature_maps
 from convmlp_mm.cli import one_line_errors
 
 

@@ -20,8 +20,8 @@ from mmengine.config import Config
 from convmlp_mm.analysis.complexity import Complexity, measure_complexity
 from convmlp_mm.analysis.output import format_table
 from convmlp_mm.analysis.tradeoff import draw_tradeoff
-from convmlp_mm.apis import find_config
 from convmlp_mm.cli import one_line_errors
+from convmlp_mm.config_files import find_config
 from convmlp_mm.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,18 +18,18 @@ from mmengine.device import get_device
 from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
-from convmlp_mm.apis import find_config, switch_to_deploy
+from convmlp_mm.apis import switch_to_deploy
 from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
+from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
 from convmlp_mm.launch import keep_memory
 from convmlp_mm.predict import (
-    RESULTS,
-    labels_of,
     list_images,
     name_outputs,
     predict,
     read_whole_image,
 )
+from convmlp_mm.results import RESULTS, labels_of
 from convmlp_mm.zoo import published_weights
 
 

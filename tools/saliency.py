@@ -12,9 +12,8 @@ from convmlp_mm.analysis.common import (
     add_model_arguments,
     check_arguments,
     load_models,
-    read_image,
-    save_sheet,
 )
+from convmlp_mm.analysis.images import read_image, save_sheet
 from convmlp_mm.analysis.saliency import (
     METHODS,
     collect_arrays,

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os.path as osp
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from mmengine import fileio
-from PIL import Image, ImageOps
-from torch import Tensor
 
-from ..apis import TOOLKITS, find_config, get_model, load_weights, mim_folder
+from ..apis import get_model, load_weights
 from ..checkpoint_io import hash_file, locate_checkpoint
-from ..files import check_output, write_file
-from ..predict import read_whole_image
+from ..config_files import TOOLKITS, find_config, mim_folder
+from ..files import check_output
 from ..zoo import SCOPE, published_weights
+from .images import MIN_SIZE, arrays_path
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mmengine.model import BaseModel
 
 __all__ = [
@@ -30,16 +26,9 @@ __all__ = [
     'add_model_arguments',
     'check_arguments',
     'find_weights',
-    'fit_image',
-    'fixed_size',
     'load_models',
-    'preprocess',
-    'read_image',
-    'save_sheet',
 ]
 
-MIN_SIZE = 32
-DPI = 100
 # How pictures set a model with random weights apart.
 RANDOM_COLOUR, LOADED_COLOUR = '#c00000', '#303030'
 
@@ -134,7 +123,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not args.out.endswith('.png'):
         raise ValueError(f'--out must end with .png, but got {args.out!r}')
-    for path in (args.out, _arrays_path(args.out)):
+    for path in (args.out, arrays_path(args.out)):
         check_output(path, args.overwrite)
     for name in args.models:
         find_config(name)
@@ -151,7 +140,7 @@ def find_weights(name: str, wanted: str) -> str | None:
     """Find the weights that a command line names.
 
     Args:
-        name (str): See :func:`~convmlp_mm.apis.find_config`.
+        name (str): See :func:`~convmlp_mm.config_files.find_config`.
         wanted (str): ``'none'``, ``'published'``, a path or a URL.
 
     Returns:
@@ -201,7 +190,7 @@ def load_models(
     """Build models, load their weights and state which they are.
 
     Args:
-        models (Sequence[str]): See :func:`~convmlp_mm.apis.find_config`.
+        models (Sequence[str]): See :func:`~convmlp_mm.config_files.find_config`.
         weights (Sequence[str | None]): Path or URL for each, None for random
             weights: those that the layers are built with.
         names (Sequence[str], optional): What to call them. Defaults to the
@@ -239,99 +228,3 @@ def _load_model(
     digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
     statement = f'weights: {osp.basename(weights)}{digest}'
     return StatedModel(name, model, statement, False)
-
-
-def read_image(path: str) -> np.ndarray:
-    """Read a picture.
-
-    Args:
-        path (str): The file.
-
-    Returns:
-        ndarray: Of shape (H, W, 3), uint8, blue first as in the toolkits.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a picture.
-    """
-    if not osp.isfile(path):
-        raise FileNotFoundError(f'image {path!r} does not exist')
-    try:
-        return read_whole_image(path)
-    # Pillow raises what it likes for broken files.
-    except Exception as error:
-        raise ValueError(f'image {path!r} cannot be read: {error}') from error
-
-
-def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cut the largest centred part of the wanted proportions, and resize it.
-
-    Args:
-        image (ndarray): Of shape (H, W, 3), uint8.
-        size (tuple[int, int]): Height and width in pixels.
-
-    Returns:
-        ndarray: Of this size, by Pillow's bicubic filter.
-    """
-    fitted = ImageOps.fit(
-        Image.fromarray(image), (size[1], size[0]), method=Image.Resampling.BICUBIC
-    )
-    return np.asarray(fitted)
-
-
-def fixed_size(model: BaseModel) -> tuple[int, int] | None:
-    """Return the height and width of a model that takes no other size.
-
-    Args:
-        model (BaseModel): Of mmpretrain, mmdet or mmseg, of timm inside of
-            mmpretrain.
-
-    Returns:
-        tuple[int, int], optional: In pixels; None if it takes any size.
-    """
-    backbone = getattr(model, 'backbone', None)
-    if type(backbone).__name__ == 'MlpMixer':
-        return tuple(backbone.img_size)
-    given = getattr(getattr(model, 'model', None), 'pretrained_cfg', None) or {}
-    if backbone is None and given.get('fixed_input_size'):
-        return tuple(given['input_size'][-2:])
-    return None
-
-
-def preprocess(model: BaseModel, image: np.ndarray) -> Tensor:
-    """Normalise a picture as the model does it, order of colours included.
-
-    Args:
-        model (BaseModel): With ``data_preprocessor``.
-        image (ndarray): Of shape (H, W, 3), uint8, blue first.
-
-    Returns:
-        Tensor: Of shape (1, 3, H, W), larger if the model pads its input.
-    """
-    planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return model.data_preprocessor(dict(inputs=[planes]), False)['inputs']
-
-
-def _arrays_path(out: str) -> str:
-    return out.removesuffix('.png') + '.npz'
-
-
-def save_sheet(out: str, figure: Figure, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Write a picture and, beside it, what it shows as ``.npz``.
-
-    Args:
-        out (str): The picture, ``.png``. Each file is written whole or not at
-            all; what was there before is replaced.
-        figure (Figure): The picture.
-        arrays (dict[str, ndarray]): By name.
-
-    Returns:
-        list[str]: The two paths.
-    """
-    drawn, packed = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=DPI, format='png')
-    np.savez_compressed(packed, **arrays)
-    paths = [out, _arrays_path(out)]
-    for path, content in zip(paths, (drawn, packed)):
-        write_file(path, content.getvalue(), overwrite=True)
-    return paths

@@ -79,7 +79,7 @@ def measure_complexity(
 
     Args:
         cfg (Config): Of mmpretrain (also with a classifier of timm), mmdet or
-            mmseg; see :func:`convmlp_mm.apis.find_config`. It is not changed.
+            mmseg; see :func:`convmlp_mm.config_files.find_config`. It is not changed.
         shape (tuple[int, int], optional): Height and width in pixels. Defaults
             to :func:`default_shape`.
         name (str, optional): What to call the model. Defaults to the file's name.

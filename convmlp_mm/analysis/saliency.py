@@ -10,7 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .common import StatedModel, fit_image, fixed_size, preprocess
+from .common import StatedModel
+from .images import fit_image, fixed_size, preprocess
 
 __all__ = [
     'METHODS',

@@ -15,8 +15,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
-from ..apis import build_model, find_config, load_weights, switch_to_deploy
+from ..apis import build_model, load_weights, switch_to_deploy
 from ..cli import plain_optim_wrapper
+from ..config_files import find_config
 from ..convmlp import ConvMLP
 from ..engine.model_hooks import use_channels_last
 from ..zoo import published_weights

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..analysis.common import MIN_SIZE, fit_image
+from ..analysis.images import MIN_SIZE, fit_image
 from ..apis import switch_to_deploy
 from ..files import write_file
 from .check import OPSETS, ExportError, channel_order, check_request, make_graph

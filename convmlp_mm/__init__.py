@@ -29,6 +29,7 @@ _LATER = {
     'OneMetricsFileHook': '.engine',
     'PreemptionHook': '.engine',
     'SafeCheckpointHook': '.engine',
+    'SafeLogHook': '.engine',
     'SummaryHook': '.engine',
     'SyncStatisticsHook': '.engine',
     'TensorBoardHook': '.engine',

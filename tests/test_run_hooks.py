@@ -4,19 +4,24 @@ import importlib.util
 import json
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmengine.visualization.vis_backend import BaseVisBackend
+from tiny import full_disk
 from torch import nn
 
 from convmlp_mm import (
     BFloat16OptimWrapper,
     OneMetricsFileHook,
+    SafeLogHook,
     SummaryHook,
     TensorBoardHook,
 )
@@ -208,6 +213,50 @@ def test_training_goes_on_without_tensorboard(tmp_path, monkeypatch, broken):
     runner.train()
     assert list(runner.visualizer._vis_backends) == ['LocalVisBackend']
     assert ('TensorBoard is installed but fails' in read_log(runner)) == broken
+
+
+class Disk(Hook):
+    """Full in the second epoch of three."""
+
+    def __init__(self):
+        self.full = ExitStack()
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == 1:
+            sizes = [p.stat().st_size for p in Path(runner.log_dir).rglob('*.*s*')]
+            self.full.enter_context(full_disk(max(sizes) + 20))
+        else:
+            self.full.close()
+
+
+def test_training_goes_on_when_its_log_cannot_be_written(tmp_path, capsys):
+    class Lost(BaseVisBackend):
+        experiment = _init_env = None
+
+        def add_scalars(self, scalars, step=0, file_path=None, **kwargs):
+            raise ConnectionError('the server is gone')
+
+    runner = make_runner(tmp_path, hooks=[SafeLogHook(), disk := Disk()])
+    runner.visualizer._vis_backends['Lost'] = Lost(str(tmp_path))
+    with disk.full:
+        runner.train()
+    (scalars,) = Path(runner.log_dir).glob('vis_data/scalars.json')
+    steps = [json.loads(line)['step'] for line in scalars.read_text().splitlines()]
+    # What was too much is lost, and no half line is there.
+    assert steps == [1, 2, 3, 7, 8, 9]
+    said = ''.join(capsys.readouterr())
+    assert said.count('LocalVisBackend cannot write: File too large; training') == 1
+    assert said.count('Lost cannot write: the server is gone; training goes on') == 1
+    assert 'Logging error' not in said
+
+    class Wrong(Lost):
+        def add_scalars(self, *args, **kwargs):
+            raise ValueError('no number')
+
+    runner = make_runner(tmp_path / 'wrong', hooks=[SafeLogHook()])
+    runner.visualizer._vis_backends['Wrong'] = Wrong(str(tmp_path))
+    with pytest.raises(ValueError, match='no number'):
+        runner.train()
 
 
 @pytest.mark.parametrize('main', [True, False])

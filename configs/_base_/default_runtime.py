@@ -25,6 +25,8 @@ custom_hooks = [
     dict(type='OneMetricsFileHook'),
     # Curves for TensorBoard, where it is installed.
     dict(type='TensorBoardHook'),
+    # A log that cannot be written, as on a full disk, does not end the run.
+    dict(type='SafeLogHook'),
     # What the training has come to, at its end.
     dict(type='SummaryHook'),
 ]

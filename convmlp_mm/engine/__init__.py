@@ -11,7 +11,7 @@ from .mixed_precision import BFloat16OptimWrapper
 from .model_hooks import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
 from .preemption import PreemptionHook
 from .summary import SummaryHook
-from .tracking import TensorBoardHook
+from .tracking import SafeLogHook, TensorBoardHook
 
 __all__ = [
     'AgreementHook',
@@ -25,6 +25,7 @@ __all__ = [
     'OneMetricsFileHook',
     'PreemptionHook',
     'SafeCheckpointHook',
+    'SafeLogHook',
     'SummaryHook',
     'SyncStatisticsHook',
     'TensorBoardHook',

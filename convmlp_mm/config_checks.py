@@ -33,10 +33,15 @@ def read_config(path: str) -> Config:
         raise ValueError(f'configuration {path!r}: {kind}: {error}') from error
 
 
-def _is_count(least: int) -> Callable:
+def _is_count(least: int, whole: bool = False) -> Callable:
+    """Make a check of integers, with ``whole`` also of 12.0, as the loops take it."""
+
     def check(value: object) -> bool:
         # True is 1, but nobody means that.
-        return type(value) is int and value >= least
+        right = type(value) is int or (
+            whole and type(value) is float and value.is_integer()
+        )
+        return right and value >= least
 
     return check
 
@@ -48,9 +53,9 @@ def _is_rate(value: object) -> bool:
 CHECKS = {
     'batch_size': (_is_count(1), 'a whole number of at least 1'),
     'num_workers': (_is_count(0), 'a whole number of at least 0'),
-    'max_epochs': (_is_count(1), 'a whole number of at least 1'),
-    'max_iters': (_is_count(1), 'a whole number of at least 1'),
-    'val_interval': (_is_count(1), 'a whole number of at least 1'),
+    'max_epochs': (_is_count(1, whole=True), 'a whole number of at least 1'),
+    'max_iters': (_is_count(1, whole=True), 'a whole number of at least 1'),
+    'val_interval': (_is_count(1, whole=True), 'a whole number of at least 1'),
     'accumulative_counts': (_is_count(1), 'a whole number of at least 1'),
     'lr': (_is_rate, 'a number of at least 0'),
     'weight_decay': (_is_rate, 'a number of at least 0'),

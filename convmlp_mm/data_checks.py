@@ -25,15 +25,17 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
     """Check what an annotation file in COCO's format holds.
 
     Boxes that reach out of their image, or are smaller than a pixel, are common in
-    real data and dropped or clipped by mmdet: they are counted in a warning.
+    real data and dropped or clipped by mmdet, and so are annotations of images or
+    categories that were taken out of the file: they are counted in a warning.
 
     Args:
         content (object): What the file holds.
         path (str | PathLike): Its name, for the messages.
 
     Raises:
-        ValueError: If something is missing, stands twice, refers to what is not
-            there, or is no number; the message names the file and the ids.
+        ValueError: If something is missing, stands twice, or is no number, or no
+            annotation is of an image and a category of the file; the message names
+            the file and the ids.
     """
     where = f'annotation file {os.fspath(path)!r}'
     if not isinstance(content, dict):
@@ -51,13 +53,19 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
     _column(images, 'file_name', 'images', where)
     _column(categories, 'name', 'categories', where)
     of_image = _refer(annotations, 'image_id', image_ids, 'images', where)
-    _refer(annotations, 'category_id', category_ids, 'categories', where)
+    of_category = _refer(annotations, 'category_id', category_ids, 'categories', where)
+    known = (of_image >= 0) & (of_category >= 0)
+    if annotations and not known.any():
+        raise ValueError(
+            f'{where}: all annotations are of other images or categories than it has'
+        )
     sizes = [_column(images, key, 'images', where) for key in ('width', 'height')]
     sizes = np.array(sizes, float).T
     _refuse(~(sizes > 0).all(1), images, 'width or height not above 0', 'images', where)
     if annotations:
         _column(annotations, 'area', 'annotations', where)
-        _check_boxes(annotations, sizes[of_image], where)
+        annotations = [a for a, used in zip(annotations, known) if used]
+        _check_boxes(annotations, sizes[of_image[known]], where)
 
 
 def _check_boxes(annotations: list[dict], sizes: np.ndarray, where: str) -> None:
@@ -151,15 +159,18 @@ def _ids(rows: list[dict], table: str, where: str) -> dict[Hashable, int]:
 def _refer(
     rows: list[dict], key: str, places: dict[Hashable, int], table: str, where: str
 ) -> np.ndarray:
-    """Return the places that ``key`` of each row refers to."""
+    """Return the places that ``key`` of each row refers to, -1 where there is none."""
     names = _column(rows, key, 'annotations', where)
-    unknown = set(names) - places.keys()
-    if unknown:
-        raise ValueError(
-            f'{where}: {key} of annotations that {table} does not have: '
-            + _some(sorted(unknown, key=str))
+    found = np.array([places.get(name, -1) for name in names], int)
+    if (found < 0).any():
+        unknown = sorted(set(names) - places.keys(), key=str)
+        print_log(
+            f'{where}: {(found < 0).sum()} of {len(rows)} annotations are dropped, '
+            f'whose {key} {table} does not have: {_some(unknown)}',
+            'current',
+            logging.WARNING,
         )
-    return np.array([places[name] for name in names], int)
+    return found
 
 
 def _which(found: Sequence[bool], rows: list[dict]) -> list:
@@ -187,7 +198,8 @@ def check_classes(
         path (str | PathLike): Name of the file, for the messages.
 
     Raises:
-        ValueError: If a class is not among the names, or the order is another.
+        ValueError: If a class is not among the names, or twice, or the order is
+            another.
     """
     where = f'annotation file {os.fspath(path)!r}'
     if isinstance(classes, str):
@@ -201,6 +213,9 @@ def check_classes(
             f'in metainfo.classes: {_some(missing)}; it has {_some(names)}'
         )
     ordered = [name for name in names if name in set(classes)]
+    if len(set(ordered)) < len(ordered):
+        twice = [name for name, count in Counter(ordered).items() if count > 1]
+        raise ValueError(f'{where}: names stand twice in categories: {_some(twice)}')
     if ordered != list(classes):
         first = next(
             i for i, pair in enumerate(zip(ordered, classes)) if len({*pair}) > 1

@@ -165,10 +165,17 @@ ANNOTATIONS = [
          spoil=in_first('images', id=2)),
     case('duplicate category ids', DET, ['stand twice in categories: 2'],
          spoil=in_first('categories', id=2)),
-    case('unknown image id', DET, ['image_id of annotations', 'not have: 77'],
-         spoil=in_first('annotations', image_id=77)),
-    case('unknown category id', DET, ['category_id of annotations', 'not have: 77'],
-         spoil=in_first('annotations', category_id=77)),
+    case('annotations of other images', DET,
+         ["boxes.json': all annotations are of other images or categories"],
+         spoil=edit(lambda content: [a.update(image_id=77 + a['id'])
+                                     for a in content['annotations']] and None)),
+    case('annotations of other categories', DET,
+         ["boxes.json': all annotations are of other images or categories"],
+         spoil=edit(lambda content: [a.update(category_id=9)
+                                     for a in content['annotations']] and None)),
+    case('category names twice', DET, ['stand twice in categories: pear'],
+         spoil=edit(lambda content: content['categories'].append(
+             dict(id=7, name='pear')))),
     case('NaN box', DET, ['NaN or Inf in bbox in annotations 1'],
          spoil=in_first('annotations', bbox=[1, 2, float('nan'), 4])),
     case('box of three numbers', DET, ['not [x, y, width, height]', 'annotations 1'],

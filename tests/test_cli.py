@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmpretrain.datasets import CIFAR10
 
 from convmlp_mm.cli import (
     add_common_arguments,
@@ -63,6 +64,18 @@ def config_file(tmp_path):
 
 def test_data_that_is_there_passes(data):
     check_data(config(data), ('train', 'val', 'test'))
+
+
+def test_data_that_only_the_run_can_find_passes(data):
+    petrel = dict(backend='petrel', path_mapping={'no/where': 's3://bucket'})
+    for changes in (
+        dict(data_root='no/where', backend_args=petrel),
+        dict(data_root='s3://bucket'),
+        # As mmengine's new style of configurations has it.
+        dict(data_root='no/where', type=CIFAR10),
+        dict(ann_file=['train.json', 'none.json']),
+    ):
+        check_data(config(data, **changes), ('train', 'val', 'test'))
 
 
 @pytest.mark.parametrize(

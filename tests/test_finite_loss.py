@@ -168,6 +168,16 @@ def test_images_are_named_as_far_as_the_batch_does(tmp_path, batch, names):
         )
 
 
+def test_outputs_of_other_training_steps_pass(tmp_path):
+    runner = make_runner(tmp_path, Numbers())
+    hook = FiniteLossHook()
+    outputs = dict(loss=torch.ones(2), loss_a=0.5, losses=[1, 2], loss_b=None)
+    for given in (outputs, [torch.ones(1)], None):
+        hook.after_train_iter(runner, 0, None, given)
+    with pytest.raises(FloatingPointError, match='loss_a is nan'):
+        hook.after_train_iter(runner, 0, None, {**outputs, 'loss_a': math.nan})
+
+
 def test_interval_passes_over_iterations_and_must_be_positive(tmp_path):
     hook = FiniteLossHook(interval=5)
     hook.after_train_iter(scaled(tmp_path), 0, outputs=outputs(math.nan))

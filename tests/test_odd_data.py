@@ -1,13 +1,21 @@
-"""What real data sets contain must train: none of it is a mistake."""
+"""What real data sets and recipes contain must train: none of it is a mistake."""
 
 import json
 import math
+import pickle
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import tiny
+from mmcv.transforms import Resize
+from mmdet.datasets import CocoPanopticDataset
 from mmengine.config import Config
+
+from convmlp_mm import get_model
+from convmlp_mm.config_checks import check_settings
+from convmlp_mm.engine.check_data import _check_heads, _Watched
 
 RNG = np.random.default_rng(1)
 # Some sizes at which rounding, padding and cropping go wrong.
@@ -61,6 +69,8 @@ def write_boxes(path, sizes):
         tiny.box(i, number[name], bbox, category=1 + i % 2, **more)
         for i, (name, bbox, more) in enumerate(boxes, 1)
     ]
+    # Of an image and a category that somebody has taken out.
+    annotations += [tiny.box(90, 99), tiny.box(91, 1, category=7)]
     categories = [dict(id=1 + i, name=name) for i, name in enumerate(tiny.CLASSES)]
     content = dict(images=images, annotations=annotations, categories=categories)
     path.write_text(json.dumps(content))
@@ -121,6 +131,46 @@ def test_odd_data_train_and_validate(data, tmp_path, tool, kind):
     assert (work / 'epoch_1.pth').is_file()
     if kind == 'detector':
         log = done.stdout + done.stderr
+        assert '1 of 13 annotations are dropped, whose image_id images does not' in log
+        assert 'whose category_id categories does not have: 7' in log
         assert "boxes.json': 1 of 11 boxes are smaller than a pixel and dropped" in log
         assert '1 of 11 boxes lie outside their image and are dropped' in log
         assert '2 of 11 boxes reach out of their image and are clipped' in log
+
+
+def test_whole_numbers_of_iterations_may_be_floats():
+    check_settings(Config(dict(train_cfg=dict(val_interval=57300.0))), ('train',))
+    with pytest.raises(ValueError, match='max_iters must be .*, but is 0.5'):
+        check_settings(Config(dict(train_cfg=dict(max_iters=0.5))), ('train',))
+
+
+CLASSES = tuple(map(str, range(19)))
+
+
+@pytest.mark.parametrize(
+    ('name', 'metainfo'),
+    [
+        # The boxes are of the 80 things, the maps of all 133.
+        (
+            'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco',
+            CocoPanopticDataset.METAINFO,
+        ),
+        # One auxiliary head finds edges.
+        ('mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024', dict(classes=CLASSES)),
+    ],
+)
+def test_heads_that_have_other_classes_for_a_reason_pass(name, metainfo):
+    dataset, model = SimpleNamespace(metainfo=metainfo), get_model(name)
+    _check_heads(model, metainfo['classes'], dataset, 'train')
+    with pytest.raises(ValueError, match='but train_dataloader.dataset'):
+        _check_heads(model, ('one',), SimpleNamespace(metainfo={}), 'train')
+    # Of a text, as in Grounding DINO, the words are the classes.
+    model.language_model = True
+    _check_heads(model, ('one',), SimpleNamespace(metainfo={}), 'train')
+
+
+def test_watched_transform_is_as_the_one_it_watches():
+    watched = _Watched(Resize(scale=(9, 8)), 2, 255)
+    for copy in (watched, pickle.loads(pickle.dumps(watched))):
+        assert copy.scale == (9, 8) and repr(copy) == repr(Resize(scale=(9, 8)))
+        assert not hasattr(copy, 'no_such_thing')

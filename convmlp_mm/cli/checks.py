@@ -42,7 +42,8 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
             evaluators = [evaluators]
         for evaluator in evaluators:
             path = evaluator.get('ann_file')
-            if path:
+            backend = (evaluator.get('backend_args') or {}).get('backend', 'local')
+            if path and backend == 'local':
                 _check_path(path, f'{split}_evaluator.ann_file', 'annotation file')
 
 
@@ -55,19 +56,23 @@ def _check_dataset(dataset: ConfigDict, key: str) -> None:
         for i, part in enumerate(dataset['datasets']):
             _check_dataset(part, f'{key}.datasets.{i}')
         return
-    if str(dataset.get('type', '')).rpartition('.')[2] in DOWNLOADED:
+    kind = dataset.get('type', '')
+    kind = kind if isinstance(kind, str) else kind.__name__
+    # Through another backend, a path may be mapped to where only it can look.
+    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
+    if kind.rpartition('.')[2] in DOWNLOADED or backend != 'local':
         return
     root = dataset.get('data_root') or ''
     if root:
         _check_path(root, f'{key}.data_root', 'data folder')
-    if dataset.get('ann_file'):
+    if isinstance(dataset.get('ann_file'), str) and dataset['ann_file']:
         path = osp.join(root, dataset['ann_file'])
         _check_path(path, f'{key}.ann_file', 'annotation file')
     prefixes = dataset.get('data_prefix') or {}
     if isinstance(prefixes, str):
         prefixes = {'': prefixes}
     for name, prefix in prefixes.items():
-        if prefix:
+        if isinstance(prefix, str) and prefix:
             name = f'{key}.data_prefix.{name}'.rstrip('.')
             _check_path(osp.join(root, prefix), name, 'data folder')
 

@@ -20,6 +20,8 @@ __all__ = ['CheckDataHook']
 # Where the models of the three toolkits have what predicts the classes.
 HEADS = ('head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
 HEADS += ('roi_head.bbox_head', 'roi_head.mask_head')
+# Of models whose heads compare with texts, and have no classes of their own.
+OF_TEXT = ('language_model', 'text_encoder')
 # How whole files of these formats begin and end.
 ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
 
@@ -97,15 +99,23 @@ def _check_neck(model: nn.Module) -> None:
 def _check_heads(
     model: nn.Module, classes: list[str], dataset: object, split: str
 ) -> None:
-    if not classes:
+    if not classes or any(getattr(model, name, None) for name in OF_TEXT):
         return
+    allowed = {len(classes)}
+    # Of panoptic data, some heads see the things only.
+    things = (getattr(dataset, 'metainfo', None) or {}).get('thing_classes')
+    if things:
+        allowed.add(len(things))
     for path in HEADS:
         head = model
         for name in path.split('.'):
             head = getattr(head, name, None)
         for part in head if isinstance(head, nn.ModuleList) else [head]:
+            # Its two classes are edges and the rest.
+            if type(part).__name__ == 'STDCHead':
+                continue
             number = getattr(part, 'num_classes', None)
-            if isinstance(number, int) and number != len(classes):
+            if isinstance(number, int) and number not in allowed:
                 raise ValueError(
                     f'model.{path}.num_classes is {number}, but '
                     f'{split}_dataloader.dataset ({type(dataset).__name__}) has '
@@ -153,6 +163,12 @@ class _Watched:
 
     def __repr__(self) -> str:
         return repr(self.transform)
+
+    def __getattr__(self, name: str) -> object:
+        # Of a copy that is being made, nothing is there yet.
+        if name == 'transform' or name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(self.transform, name)
 
 
 def _source(results: dict) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from numbers import Real
 
 import torch
 from mmengine.dist import all_reduce
@@ -73,8 +74,15 @@ class FiniteLossHook(Hook):
             return
         # As in BaseModel.parse_losses, which takes their sum; there are others,
         # such as an accuracy.
-        terms = {k: v for k, v in (outputs or {}).items() if 'loss' in k}
+        terms = outputs if isinstance(outputs, dict) else {}
+        terms = {
+            k: v
+            for k, v in terms.items()
+            if 'loss' in k and isinstance(v, (torch.Tensor, Real))
+        }
         values = [torch.as_tensor(v).detach().float().sum() for v in terms.values()]
+        # One transfer; terms that are plain numbers are on the CPU already.
+        values = [value.to(values[0].device) for value in values]
         values = torch.stack(values).tolist() if values else []
         bad = {k: v for k, v in zip(terms, values) if not math.isfinite(v)}
         nan = any(math.isnan(value) for value in bad.values())

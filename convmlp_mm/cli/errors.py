@@ -89,7 +89,8 @@ def closing_group() -> Iterator[None]:
 
 def _close_group() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # To drop the tensors of the last collective, its thread needs the interpreter's
+        # lock, which it gets here. Up to torch 2.2 at least, the group would wait for
+        # the thread with the lock in its hands.
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
-        # To drop a tensor of Python, a thread needs the interpreter's lock. It is given
-        # here to those that wait for it: the models that hold the group keep them.
-        time.sleep(0.1)

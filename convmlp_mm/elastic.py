@@ -58,6 +58,9 @@ class Agent(LocalElasticAgent):
         # torchrun has just installed its own handlers.
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
+        if self._stopping:
+            # Asked to while there were none, between two attempts.
+            self._pass_on(signal.SIGTERM, None)
         return pids
 
     def _monitor_workers(self, worker_group) -> RunResult:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,21 @@ def test_what_comes_again_is_not_tried_again(monkeypatch, capsys, error, code):
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT')
     with pytest.raises(type(error)), cli.final_mistakes():
         raise error
+
+
+def test_signal_between_two_attempts_ends_the_second(monkeypatch):
+    # So that what it sets is taken back.
+    monkeypatch.setenv('CONVMLP_MM_ATTEMPT', '')
+    parent = 'convmlp_mm.elastic.LocalElasticAgent._start_workers'
+    monkeypatch.setattr(parent, lambda *_: {})
+    with subprocess.Popen(['sleep', '60']) as worker:
+        agent = object.__new__(elastic.Agent)
+        agent._pcontext = SimpleNamespace(pids=lambda: {0: worker.pid})
+        agent._start_workers(None)
+        assert worker.poll() is None
+        agent._stopping = True
+        agent._start_workers(None)
+        assert worker.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_address_of_this_machine_is_the_one_that_reaches_the_other():

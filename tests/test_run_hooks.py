@@ -161,6 +161,22 @@ def test_summary_without_validation_and_without_the_first_process(
     assert summary(runner) == ''
 
 
+@pytest.mark.parametrize(
+    ('inputs', 'number'),
+    [
+        (torch.zeros(4, 3, 2, 2), 4),
+        ([torch.zeros(3, 2, 2)] * 4, 4),
+        ([torch.zeros(4, 3, 2, 2)] * 2, 4),
+        (dict(sup=[torch.zeros(3, 2, 2)], unsup=[torch.zeros(3, 2, 2)] * 3), 4),
+    ],
+)
+def test_images_of_a_batch_are_counted_in_all_its_forms(inputs, number):
+    hook = SummaryHook()
+    hook.before_train(SimpleNamespace(iter=0))
+    hook.after_train_iter(None, 0, dict(inputs=inputs))
+    assert hook._images == number
+
+
 def test_summary_is_not_given_when_the_run_fails(tmp_path):
     runner = make_runner(tmp_path, [0.1], [SummaryHook()])
     with pytest.raises(IndexError):

@@ -75,7 +75,7 @@ class SummaryHook(Hook):
             outputs (object): Not used.
         """
         if isinstance(data_batch, dict) and 'inputs' in data_batch:
-            self._images += len(data_batch['inputs'])
+            self._images += _count(data_batch['inputs'])
 
     def after_val_epoch(
         self, runner: Runner, metrics: dict[str, float] | None = None
@@ -153,6 +153,17 @@ class SummaryHook(Hook):
             if hook.by_epoch == (unit == 'epoch') and osp.exists(path):
                 return [f'{line} in {path}']
         return [f'{line}, of which no checkpoint was kept']
+
+
+def _count(inputs: object) -> int:
+    """Count the images of a batch, as loaders of the toolkits give it."""
+    if isinstance(inputs, dict):
+        # Branches of semi-supervised training.
+        return sum(map(_count, inputs.values()))
+    if isinstance(inputs, (list, tuple)) and getattr(inputs[0], 'ndim', 0) == 4:
+        # Views of the same images, for self-supervised training.
+        return len(inputs[0])
+    return len(inputs)
 
 
 def _last_part(name: str) -> str:

@@ -213,9 +213,13 @@ def check_classes(
             f'in metainfo.classes: {_some(missing)}; it has {_some(names)}'
         )
     ordered = [name for name in names if name in set(classes)]
-    if len(set(ordered)) < len(ordered):
-        twice = [name for name, count in Counter(ordered).items() if count > 1]
-        raise ValueError(f'{where}: names stand twice in categories: {_some(twice)}')
+    if len(ordered) != len(classes):
+        longer = max(ordered, classes, key=len)
+        twice = [name for name, count in Counter(longer).items() if count > 1]
+        raise ValueError(
+            f'{where}: names stand twice in categories or metainfo.classes: '
+            + _some(twice)
+        )
     if ordered != list(classes):
         first = next(
             i for i, pair in enumerate(zip(ordered, classes)) if len({*pair}) > 1

@@ -125,6 +125,8 @@ CONFIGURATIONS = [
          'train_dataloader.dataset.metainfo.classes=apple'),
     case('class not in the file', DET, ['metainfo.classes: plum; it has apple, pear'],
          'train_dataloader.dataset.metainfo.classes=[apple,plum]'),
+    case('classes twice', DET, ['stand twice in categories or metainfo.classes: pear'],
+         'train_dataloader.dataset.metainfo.classes=[apple,pear,pear]'),
     case('classes in another order', DET, ["class 0 is 'pear', but there"],
          'train_dataloader.dataset.metainfo.classes=[pear,apple]'),
     case('option of no dict', DET, ["depths={'x': 1}", 'tuple'],
@@ -173,7 +175,7 @@ ANNOTATIONS = [
          ["boxes.json': all annotations are of other images or categories"],
          spoil=edit(lambda content: [a.update(category_id=9)
                                      for a in content['annotations']] and None)),
-    case('category names twice', DET, ['stand twice in categories: pear'],
+    case('category names twice', DET, ['stand twice in categories or', 'classes: pear'],
          spoil=edit(lambda content: content['categories'].append(
              dict(id=7, name='pear')))),
     case('NaN box', DET, ['NaN or Inf in bbox in annotations 1'],

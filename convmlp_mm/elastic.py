@@ -32,6 +32,8 @@ __all__ = ['FINAL', 'Agent', 'check_port', 'main', 'own_address']
 
 FINAL = (PREEMPTED, MISTAKE)
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+# In seconds: how much longer the processes of another machine may take to end.
+PATIENCE = 60
 
 
 class Agent(LocalElasticAgent):
@@ -52,27 +54,29 @@ class Agent(LocalElasticAgent):
                 os.kill(pid, signum)
 
     def _start_workers(self, worker_group):
+        if self._stopping:
+            # Asked to while there were none, between two attempts.
+            raise SystemExit(PREEMPTED)
         self._attempt += 1
         os.environ['CONVMLP_MM_ATTEMPT'] = str(self._attempt)
         pids = super()._start_workers(worker_group)
         # torchrun has just installed its own handlers.
         for number in PASSED_ON:
             signal.signal(number, self._pass_on)
-        if self._stopping:
-            # Asked to while there were none, between two attempts.
-            self._pass_on(signal.SIGTERM, None)
         return pids
 
     def _monitor_workers(self, worker_group) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             codes = {failure.exitcode for failure in result.failures.values()}
-            for code in FINAL:
-                if code in codes:
-                    raise SystemExit(code)
-            if self._stopping:
-                # Asked to stop before there was anything to save.
-                raise SystemExit(PREEMPTED)
+            # They may have been asked to stop before there was anything to save.
+            default = PREEMPTED if self._stopping else None
+            final = next((code for code in FINAL if code in codes), default)
+            if final is not None:
+                # One machine has the store, and the others fail without it.
+                self._exit_barrier_timeout = PATIENCE
+                self._exit_barrier()
+                raise SystemExit(final)
         return result
 
 

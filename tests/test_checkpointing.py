@@ -493,6 +493,28 @@ def test_published_checkpoint_is_whole(tmp_path):
     assert find_latest_checkpoint(tmp_path) is None
 
 
+def test_checkpoints_beside_the_work_dir_are_found(tmp_path):
+    work = tmp_path / 'work'
+    train(work)
+    old = time.time() - 100
+    os.utime(work / 'epoch_1.pth', (old, old))
+    # Another run, which saves elsewhere, under the name of the one above.
+    train(work, 2, out_dir=str(tmp_path / 'out'))
+    out = tmp_path / 'out' / 'work'
+    (work / 'last_checkpoint').write_text(str(out / 'epoch_1.pth'))
+    assert find_latest_checkpoint(work) == str(out / 'epoch_1.pth')
+    (work / 'last_checkpoint').write_text(str(out / 'epoch_2.pth'))
+    cut(out / 'epoch_2.pth')
+    assert find_latest_checkpoint(work) == str(out / 'epoch_1.pth')
+    # Of a copy, the original may be there, and may have gone on.
+    copy = shutil.copytree(out, tmp_path / 'copy')
+    (copy / 'last_checkpoint').write_text(str(out / 'epoch_1.pth'))
+    assert find_latest_checkpoint(copy) == str(copy / 'epoch_1.pth')
+    new = time.time() + 100
+    os.utime(out / 'epoch_1.pth', (new, new))
+    assert find_latest_checkpoint(copy) == str(copy / 'epoch_1.pth')
+
+
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_newest_checkpoint_that_opens_is_taken(tmp_path, capfd, by_epoch):
     step, name = (1, 'epoch') if by_epoch else (2, 'iter')

@@ -1,6 +1,7 @@
 """A run that is stopped and resumed ends as one that was not."""
 
 import copy
+import errno
 import itertools
 import random
 
@@ -336,6 +337,81 @@ def test_best_checkpoint_of_an_interrupted_validation_is_made_up_for(tmp_path):
     assert runner.message_hub.get_info('best_ckpt').endswith('best_mean_epoch_1.pth')
     hook = next(h for h in runner.hooks if isinstance(h, ExactResumeHook))
     assert hook._validated_at is None, 'validated again'
+
+
+def test_second_stop_after_a_validation_that_was_made_up_for(tmp_path):
+    best = dict(saving=dict(save_best='mean', rule='less'))
+    run(tmp_path / 'whole', seed=0, **best)
+    run(tmp_path / 'b', StopAt(5, 'before_val_iter'), seed=0, **best)
+    # It is the best, so that the checkpoint is saved again.
+    run(tmp_path / 'b', StopAt(6), resume=True, **best)
+    run(tmp_path / 'b', resume=True, **best)
+    ends = [content(tmp_path / d, 'epoch_4.pth')['state_dict'] for d in ('whole', 'b')]
+    assert_equal(*ends)
+
+
+def test_sampler_that_skips_for_itself_goes_on(tmp_path):
+    by_sampler = dict(ITERATIONS, fast_forward_on_resume=True)
+    try:
+        whole, _ = run(tmp_path / 'whole', seed=0, train=by_sampler)
+    except TypeError:
+        pytest.skip('this mmengine has no such loop')
+    run(tmp_path / 'b', StopAt(6), seed=0, train=by_sampler)
+    calls, _ = run(tmp_path / 'b', resume=True, train=by_sampler)
+    assert calls == whole[4:]
+
+
+def test_scaled_steps_accumulate_from_where_they_are(tmp_path):
+    accumulated = dict(wrapper=dict(accumulative_counts=2))
+    run(tmp_path, StopAt(12), seed=0, **accumulated)
+    scale = dict(enable=True, base_batch_size=2)
+    calls, _ = change(tmp_path, 4, auto_scale_lr=scale, **accumulated)
+    # Three batches of the second half, from the third epoch on.
+    assert [call[1] for call in calls] == list(range(6, 12))
+
+
+class FullDisk(Hook):
+    priority = 'VERY_HIGH'
+
+    def __init__(self, is_full):
+        self.is_full = is_full
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if self.is_full(runner, checkpoint):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def test_what_is_saved_late_says_where_the_run_is(tmp_path):
+    options = dict(
+        saving=dict(interval=2, save_last=False), train=dict(EPOCHS, max_epochs=5)
+    )
+    full = FullDisk(lambda runner, _: runner.epoch == 3)
+    run(tmp_path, full, seed=0, **options)
+    assert sorted(p.name for p in tmp_path.glob('*.pth')) == [
+        'epoch_2.pth',
+        'epoch_5.pth',
+    ]
+    saved = read_checkpoint(str(tmp_path / 'epoch_5.pth'))
+    assert (saved['meta']['epoch'], saved['meta']['iter']) == (5, 25)
+    assert saved['exact_resume']['batches'] == 0
+    options['train']['max_epochs'] = 6
+    calls, _ = run(tmp_path, resume=True, **options)
+    assert [call[1] for call in calls] == list(range(25, 30))
+
+
+def test_latest_that_cannot_be_saved_again_with_the_best_stops_as_wanted(tmp_path):
+    full = FullDisk(lambda run, saved: 'optimizer' in saved and run.epoch == 1)
+    saving = dict(save_best='mean', rule='less', on_save_error='stop')
+    with pytest.raises(OSError, match=r'cannot save .*epoch_1\.pth: No space left'):
+        run(tmp_path, full, seed=0, saving=saving)
+
+
+def test_hooks_that_are_listed_twice_act_once(tmp_path, caplog):
+    whole, _ = run(tmp_path / 'whole', seed=0)
+    run(tmp_path / 'b', ExactResumeHook(), StopAt(7), seed=0)
+    caplog.clear()
+    calls, _ = run(tmp_path / 'b', ExactResumeHook(), resume=True)
+    assert calls == whole[5:] and 'cannot be continued' not in caplog.text
 
 
 def test_checkpoint_of_another_tool_is_resumed_with_a_warning(tmp_path, caplog):

@@ -125,19 +125,15 @@ def test_what_comes_again_is_not_tried_again(monkeypatch, capsys, error, code):
         raise error
 
 
-def test_signal_between_two_attempts_ends_the_second(monkeypatch):
-    # So that what it sets is taken back.
-    monkeypatch.setenv('CONVMLP_MM_ATTEMPT', '')
-    parent = 'convmlp_mm.elastic.LocalElasticAgent._start_workers'
-    monkeypatch.setattr(parent, lambda *_: {})
-    with subprocess.Popen(['sleep', '60']) as worker:
-        agent = object.__new__(elastic.Agent)
-        agent._pcontext = SimpleNamespace(pids=lambda: {0: worker.pid})
+def test_signal_between_two_attempts_ends_the_launcher():
+    agent = object.__new__(elastic.Agent)
+    with subprocess.Popen(['true']) as worker:
+        worker.wait()
+    agent._pcontext = SimpleNamespace(pids=lambda: {0: worker.pid})
+    agent._pass_on(signal.SIGTERM, None)
+    with pytest.raises(SystemExit) as stop:
         agent._start_workers(None)
-        assert worker.poll() is None
-        agent._stopping = True
-        agent._start_workers(None)
-        assert worker.wait(timeout=10) == -signal.SIGTERM
+    assert stop.value.code == PREEMPTED
 
 
 def test_address_of_this_machine_is_the_one_that_reaches_the_other():
@@ -210,6 +206,40 @@ def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
     assert '--partition=part --job-name=a job --gres=gpu:4' in done.stdout
     assert ' --x --y python -u ' in done.stdout
     assert done.stdout.endswith(f'train.py c.py {expected}\n')
+
+
+def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):
+    for name, line in (
+        ('srun', 'echo "$CONVMLP_MM_ATTEMPT" "$CONVMLP_MM_LAUNCH_TIME" "$@"'),
+        ('python', 'true'),
+    ):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{line}\n')
+        (tmp_path / name).chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', BATCH=1, SLURM_JOB_ID=7)
+    command = TOOLS / 'slurm_train.sh', 'p', 'j', 'c.py', 'work', '--resume', 'x.pth'
+    done = bash(*command, cwd=tmp_path, SLURM_RESTART_COUNT=2, **env)
+    assert done.returncode == 0, done.stderr
+    # As of a launch before everything that is in the work dir.
+    assert done.stdout.startswith('2 0 ')
+    assert done.stdout.count('--resume') == 1
+
+
+def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
+    def train(work, *options, **changes):
+        changes['default_hooks'] = dict(checkpoint=dict(type='SafeCheckpointHook'))
+        changes['experiment_name'] = f'{tmp_path.name}_{work}'
+        config = write_config(tmp_path / 'toy.py', **changes)
+        done = tool('train.py', config, '--work-dir', tmp_path / work, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    first = str(tmp_path / 'first' / 'epoch_1.pth')
+    train('first', epochs=1)
+    log = train('second', '--resume', first, load_from=first)
+    assert f'resumed epoch: 1, iter: {LENGTH}' in log
+    # Without a name, and with nothing there, it is where the training starts.
+    log = train('third', '--resume', load_from=first)
+    assert 'resumed' not in log and f'Load checkpoint from {first}' in log
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A run that a signal stops saves, exits with the agreed code and can go on."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from toy import LENGTH, write_config
 
@@ -93,6 +95,40 @@ def test_stop_in_an_epoch_saves_beside_the_counted_files(tmp_path, name):
     code, _ = train(tmp_path, hooks, checkpoint=checkpoint, resume=True)
     assert code == 0
     assert files(tmp_path) == ['epoch_2.pth']
+
+
+@HOOKS.register_module(force=True)
+class InValidation(Hook):
+    """A kill in the first validation of a run, or a signal in it."""
+
+    def __init__(self, kill):
+        self.kill = kill
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if self.kill:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_in_a_validation_that_is_made_up_for_takes_effect_after_it(tmp_path):
+    loader = dict(
+        dataset=dict(type='Numbers', length=4),
+        batch_size=2,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type='default_collate'),
+    )
+    changes = dict(val_dataloader=loader, val_evaluator=dict(type='Count'), val_cfg={})
+
+    def hooks(kill):
+        names = 'ExactResumeHook', 'PreemptionHook'
+        return [*(dict(type=n) for n in names), dict(type='InValidation', kill=kill)]
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, custom_hooks=hooks(True), **changes)
+    assert files(tmp_path) == ['epoch_1.pth']
+    code, _ = train(tmp_path, resume=True, custom_hooks=hooks(False), **changes)
+    assert code == PREEMPTED
+    assert last(tmp_path) == f'iter_{LENGTH + 1}.pth'
 
 
 def test_second_stop_replaces_the_file_of_the_first(tmp_path):

@@ -1,5 +1,6 @@
 """Hooks of every run: the summary, TensorBoard, and what one process alone writes."""
 
+import errno
 import importlib.util
 import json
 import re
@@ -14,7 +15,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.visualization.vis_backend import BaseVisBackend
+from mmengine.visualization.vis_backend import BaseVisBackend, LocalVisBackend
 from tiny import full_disk
 from torch import nn
 
@@ -245,7 +246,7 @@ class Disk(Hook):
             self.full.close()
 
 
-def test_training_goes_on_when_its_log_cannot_be_written(tmp_path, capsys):
+def test_training_goes_on_when_its_log_cannot_be_written(tmp_path, capsys, monkeypatch):
     class Lost(BaseVisBackend):
         experiment = _init_env = None
 
@@ -264,6 +265,19 @@ def test_training_goes_on_when_its_log_cannot_be_written(tmp_path, capsys):
     assert said.count('LocalVisBackend cannot write: File too large; training') == 1
     assert said.count('Lost cannot write: the server is gone; training goes on') == 1
     assert 'Logging error' not in said
+
+    class ReadOnly(LocalVisBackend):
+        def add_scalars(self, *args, **kwargs):
+            raise OSError(errno.EROFS, 'Read-only file system')
+
+    runner = make_runner(tmp_path / 'closed', hooks=[SafeLogHook()])
+    backends = runner.visualizer._vis_backends
+    backends['ReadOnly'] = ReadOnly(backends['LocalVisBackend']._save_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr('os.truncate', ReadOnly.add_scalars)
+        runner.train()
+    said = ''.join(capsys.readouterr())
+    assert 'ReadOnly cannot write: Read-only file system; training goes on' in said
 
     class Wrong(Lost):
         def add_scalars(self, *args, **kwargs):

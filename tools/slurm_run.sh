@@ -40,10 +40,9 @@ fi
 if [ -n "${BATCH:-}" ]; then
     # On the first machine, so that a mistake is said once.
     python "$tools/$script" "$@" "${py_args[@]}" --check
-    # Queued again, by whatever: go on.
-    if [ "$script" = train.py ] && ((${SLURM_RESTART_COUNT:-0} > 0)); then
-        py_args+=(--resume)
-    fi
+    # Queued again, by whatever: go on from what is there, else from a --resume CHECKPOINT
+    # among the options.
+    export CONVMLP_MM_ATTEMPT=${SLURM_RESTART_COUNT:-0} CONVMLP_MM_LAUNCH_TIME=0
 fi
 
 # A process that saves must not be killed because another has ended; one that waits for a

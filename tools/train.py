@@ -18,6 +18,7 @@ from convmlp_mm.cli import (
     one_line_errors,
 )
 from convmlp_mm.engine import find_latest_checkpoint
+from convmlp_mm.engine.saving import checkpoint_hooks
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,7 +98,11 @@ def main() -> None:
     if args.check:
         return
     with final_mistakes(), closing_group():
-        build_runner(cfg).train()
+        runner = build_runner(cfg)
+        for hook in checkpoint_hooks(runner):
+            # load_from may be the configuration's own, or another found since.
+            hook.start_is_chosen = args.resume is not None
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -187,6 +187,10 @@ def _rescale(runner: Runner, ratio: float, recipe: list[dict]) -> None:
         # Its recipe counts iterations, whatever they hold.
         return
     before, loop._iter = loop._iter, loop._epoch * len(loop.dataloader)
+    # The Runner has done so for the former iteration; accumulation counts by it.
+    runner.optim_wrapper.initialize_count_status(
+        runner.model, loop._iter, loop.max_iters
+    )
     for scheduler, lengths in zip(_schedulers(runner), recipe):
         if not scheduler.by_epoch:
             vars(scheduler).update(lengths)

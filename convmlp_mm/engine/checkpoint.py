@@ -80,9 +80,11 @@ class SafeCheckpointHook(CheckpointHook):
             )
         super().__init__(*args, **kwargs)
         self.on_save_error = on_save_error
-        # Names in out_dir; the arguments of a save that failed.
+        # Whether the tool that built the runner has chosen what it resumes.
+        self.start_is_chosen = False
+        # Names in out_dir; whether the last save has failed.
         self._outdated: list[str] = []
-        self._unsaved: tuple | None = None
+        self._unsaved = False
         self._noted = True
 
     def before_run(self, runner: Runner) -> None:
@@ -94,6 +96,8 @@ class SafeCheckpointHook(CheckpointHook):
         """
         training = isinstance(runner._train_loop, BaseLoop)
         if not training or not runner._resume or runner._has_loaded:
+            return
+        if self.start_is_chosen:
             return
         start = _configured_start(runner)
         if runner._load_from is not None and runner._load_from != start:
@@ -139,8 +143,11 @@ class SafeCheckpointHook(CheckpointHook):
         Raises:
             OSError: If the last checkpoint still cannot be saved.
         """
-        if self._unsaved is not None:
-            self._save_checkpoint_with_step(runner, *self._unsaved, final=True)
+        if self._unsaved:
+            # As the run is now: it may have gone on since.
+            step = runner.epoch if self.by_epoch else runner.iter
+            meta = dict(epoch=runner.epoch, iter=runner.iter)
+            self._save_checkpoint_with_step(runner, step, meta, final=True)
         # What a best one has replaced that no later save has followed.
         if self._noted:
             self._remove_outdated(runner)
@@ -198,10 +205,10 @@ class SafeCheckpointHook(CheckpointHook):
                 self.keep_ckpt_ids.extend(kept)
             restore(hub, keys, before)
             hub.update_info(OUTDATED, outdated)
-            self._unsaved = (step, dict(meta))
+            self._unsaved = True
             self._report(runner, error, path, final=final)
             return
-        self._unsaved = None
+        self._unsaved = False
 
         note, self._noted = osp.join(runner.work_dir, NOTE), False
         try:
@@ -254,6 +261,9 @@ class SafeCheckpointHook(CheckpointHook):
         try:
             super()._save_best_checkpoint(SavingRunner(runner, save), metrics)
         except NotSavedError as error:
+            if not failed:
+                # Of the latest checkpoint, which the parent saves once more.
+                raise
             ((key, path),) = failed
             restore(hub, [f'best_{what}{key}' for what in ('score', 'ckpt')], before)
             self._report(runner, error, path)

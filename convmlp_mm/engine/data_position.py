@@ -151,7 +151,9 @@ class AdvancedIterator:
         # What the loop has made for itself, for another loader.
         self.batches = type(loop.dataloader_iterator)(loop.dataloader)
         self.batches._epoch = passes
-        self.to_skip = loop.iter
+        # A loop that skips by the sampler asks for none.
+        by_sampler = getattr(loop, 'fast_forward_on_resume', False)
+        self.to_skip = 0 if by_sampler else loop.iter
 
     def skip_iter(self, num_iters: int) -> None:
         """Do what the loop of newer versions asks for: nothing is left to skip."""

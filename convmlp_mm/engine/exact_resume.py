@@ -19,7 +19,7 @@ from .data_position import (
     shift_batch_index,
 )
 from .random_state import get_random_state, set_random_state
-from .saving import checkpoint_hooks
+from .saving import checkpoint_hooks, is_first
 
 __all__ = ['ExactResumeHook']
 
@@ -79,9 +79,9 @@ class ExactResumeHook(Hook):
             runner (Runner): The runner.
             checkpoint (dict): It gets the key ``'exact_resume'``.
         """
+        gathered, self._gathered = self._gathered, None
         if 'optimizer' not in checkpoint:
             return
-        gathered, self._gathered = self._gathered, None
         if gathered is None:
             # A hook that does not ask the other processes.
             gathered = [self._process_state(runner)] if get_world_size() == 1 else []
@@ -132,7 +132,7 @@ class ExactResumeHook(Hook):
         """
         self._epoch_start = runner.iter
         state, self._state = self._state, None
-        if state is None:
+        if state is None or not is_first(runner, self):
             return
         loop = runner.train_loop
         processes = state.get('processes', [])
@@ -167,6 +167,8 @@ class ExactResumeHook(Hook):
                 loop.dataloader, state['batches'], restore_numbers
             )
             loop.dataloader_iterator = AdvancedIterator(loop, passes)
+        # Validation may draw some, and save them.
+        restore_numbers()
         if not state['validated']:
             _validate_if_due(runner, loop, by_epoch)
         # The numbers of an epoch that begins are those before its loader does.

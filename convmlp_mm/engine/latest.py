@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import os.path as osp
 from collections.abc import Iterator
@@ -34,11 +35,19 @@ def named_checkpoint(work_dir: str | os.PathLike) -> str | None:
         return None
     if not named or '://' in named:
         return named or None
-    # First where the run is now: of a copy, the old place may still be there.
-    for path in (osp.join(work_dir, osp.basename(named)), named):
-        if osp.exists(path):
-            return path
-    return None
+    # First where the run is now: of a copy, the old place may still be there. Of a run
+    # that saves elsewhere, a former one may have left such a name here.
+    paths = (osp.join(work_dir, osp.basename(named)), named)
+    paths = [path for path in paths if osp.exists(path)]
+    noted = osp.getmtime(osp.join(work_dir, NOTE))
+    return max(paths, key=lambda path: _before(noted, path), default=None)
+
+
+def _before(noted: float, path: str) -> float:
+    """Return when a file was written, in seconds, the lowest if after its note."""
+    written = osp.getmtime(path)
+    # The resolution of some file systems.
+    return written if written <= noted + 2 else -math.inf
 
 
 def _candidates(work_dir: str) -> Iterator[str]:
@@ -46,20 +55,27 @@ def _candidates(work_dir: str) -> Iterator[str]:
     named = named_checkpoint(work_dir)
     if named is not None:
         yield named
-    if not osp.isdir(work_dir):
-        return
-    with os.scandir(work_dir) as entries:
-        files = [
-            entry
-            for entry in entries
-            if entry.name.endswith('.pth')
-            and not entry.name.startswith(('best_', '.'))
-            and not HASH_IN_NAME.search(entry.name)
-            and entry.is_file()
-        ]
-    for entry in sorted(files, key=lambda e: e.stat().st_mtime_ns, reverse=True):
-        if entry.path != named:
-            yield entry.path
+    folders = [work_dir]
+    if named is not None and '://' not in named:
+        # Where out_dir of CheckpointHook is.
+        folders.append(osp.dirname(named))
+    files = {}
+    for folder in filter(osp.isdir, folders):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if (
+                    entry.name.endswith('.pth')
+                    and not entry.name.startswith(('best_', '.'))
+                    and not HASH_IN_NAME.search(entry.name)
+                    and entry.is_file()
+                ):
+                    files[osp.realpath(entry.path)] = entry
+    if named is not None:
+        files.pop(osp.realpath(named), None)
+    for entry in sorted(
+        files.values(), key=lambda e: e.stat().st_mtime_ns, reverse=True
+    ):
+        yield entry.path
 
 
 def _check_resumable(path: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from mmengine import dist
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..launch import PREEMPTED
@@ -52,7 +52,7 @@ class PreemptionHook(Hook):
 
     A signal to the whole process group or job step, as SLURM sends it, would also end
     the workers of the data loaders, and with them the run. Those of the training and
-    validation that start after ``before_train`` therefore ignore the signals. In
+    validation that start after ``before_run`` therefore ignore the signals. In
     mmengine up to 0.10.7, ``IterBasedTrainLoop`` starts its workers before any hook.
 
     Args:
@@ -96,13 +96,15 @@ class PreemptionHook(Hook):
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
 
-    def before_train(self, runner: Runner) -> None:
-        """Take over the signals.
+    def before_run(self, runner: Runner) -> None:
+        """Take over the signals, before a resumed run makes up for a validation.
 
         Args:
             runner (Runner): The runner.
         """
         self._asked = self._agreed = False
+        if not isinstance(runner._train_loop, BaseLoop):
+            return
         if threading.current_thread() is not threading.main_thread():
             runner.logger.warning(
                 'PreemptionHook: signals are handled in the main thread only, and '
@@ -111,12 +113,23 @@ class PreemptionHook(Hook):
             return
         for number in self.signals:
             self._previous[number] = signal.signal(number, self._note)
-        for loop in (runner.train_loop, runner.val_loop):
-            loader = getattr(loop, 'dataloader', None)
-            if isinstance(loader, DataLoader) and loader.num_workers:
-                loader.worker_init_fn = partial(
-                    _ignore_signals, loader.worker_init_fn, self.signals
-                )
+        self._protect(runner.val_loop)
+
+    def before_train(self, runner: Runner) -> None:
+        """Let the workers of the training ignore the signals.
+
+        Args:
+            runner (Runner): The runner, whose loader a resumed run has built again.
+        """
+        if self._previous:
+            self._protect(runner.train_loop)
+
+    def _protect(self, loop: BaseLoop | None) -> None:
+        loader = getattr(loop, 'dataloader', None)
+        if isinstance(loader, DataLoader) and loader.num_workers:
+            loader.worker_init_fn = partial(
+                _ignore_signals, loader.worker_init_fn, self.signals
+            )
 
     def after_train_iter(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mmengine.dist import all_gather_object
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MessageHub
 from mmengine.runner import Runner
 
@@ -13,6 +13,7 @@ __all__ = [
     'NotSavedError',
     'SavingRunner',
     'checkpoint_hooks',
+    'is_first',
     'reason_of',
     'remove_checkpoint',
     'restore',
@@ -118,6 +119,19 @@ def restore(hub: MessageHub, keys: list[str], before: dict) -> None:
             hub.update_info(key, before[key])
         else:
             hub.pop_info(key)
+
+
+def is_first(runner: Runner, hook: Hook) -> bool:
+    """Tell whether a hook is the first of its class, if it is listed twice.
+
+    Args:
+        runner (Runner): The runner.
+        hook (Hook): One of its hooks.
+
+    Returns:
+        bool: Whether it is.
+    """
+    return hook is next(other for other in runner.hooks if type(other) is type(hook))
 
 
 def reason_of(error: Exception) -> str:

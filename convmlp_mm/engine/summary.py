@@ -43,14 +43,21 @@ class SummaryHook(Hook):
         self._images = self._first_iter = 0
         self._best: tuple[str, float, int] | None = None
 
-    def before_train(self, runner: Runner) -> None:
-        """Start the clock.
+    def before_run(self, runner: Runner) -> None:
+        """Start the clock, before a resumed run makes up for a validation.
 
         Args:
             runner (Runner): The runner.
         """
         self.__init__()
         self._start = time.monotonic()
+
+    def before_train(self, runner: Runner) -> None:
+        """Note where the run goes on.
+
+        Args:
+            runner (Runner): The runner.
+        """
         self._first_iter = runner.iter
 
     def before_val(self, runner: Runner) -> None:

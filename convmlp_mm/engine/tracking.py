@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import logging
@@ -109,7 +110,9 @@ class SafeLogHook(Hook):
                 method(*args, **kwargs)
             except OSError as error:
                 for path, size in before.items():
-                    os.truncate(path, size)
+                    # On a disk that is read-only now, it is as it was.
+                    with contextlib.suppress(OSError):
+                        os.truncate(path, size)
                 self._report(runner, name, error)
             else:
                 self._failing.discard(name)

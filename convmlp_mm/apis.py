@@ -222,8 +222,9 @@ def switch_to_deploy(model: nn.Module) -> None:
     Those of backbones that say how (``switch_to_deploy``, as :class:`ConvMLP` and
     RepVGG), and those of mmcv's ``ConvModule`` in necks and heads, but for
     convolutions that several norms share. Others stay, since only their order in
-    ``forward`` tells what they follow. Outputs stay, to rounding. What follows a
-    :class:`ConvMLP` gets its weights in the layout of the backbone's maps.
+    ``forward`` tells what they follow. Outputs stay, to rounding. Necks and heads that
+    compute the same from channels-last maps of a :class:`ConvMLP` get them (see
+    :func:`convmlp_mm.engine.model_hooks.use_channels_last`).
 
     Args:
         model (nn.Module): A model, for inference only; changed in place and put
@@ -232,12 +233,11 @@ def switch_to_deploy(model: nn.Module) -> None:
     Examples:
         ``switch_to_deploy(get_model('retinanet_convmlp_s', 'last.pth'))``
     """
-    import torch
     from mmcv.cnn import ConvModule, fuse_conv_bn
     from torch.nn import Conv2d
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    from .convmlp import ConvMLP
+    from .engine.model_hooks import use_channels_last
 
     model.eval()
     modules = list(model.modules())
@@ -258,8 +258,7 @@ def switch_to_deploy(model: nn.Module) -> None:
             and uses[id(module.conv)] == uses[id(module)] == 1
         ):
             fuse_conv_bn(module)
-    if any(isinstance(module, ConvMLP) for module in modules):
-        model.to(memory_format=torch.channels_last)
+    use_channels_last(model)
 
 
 def _name_collate_fn(cfg: Config) -> Config:

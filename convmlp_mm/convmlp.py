@@ -400,7 +400,8 @@ class ConvMLP(BaseModule):
 
     One class serves mmpretrain, mmdet and mmseg: it stands in mmengine's root
     registry. It takes an image of any size from 32 pixels up, odd ones too
-    (each stride of 2 rounds up), and works in channels-last memory throughout.
+    (each stride of 2 rounds up), computes in channels-last memory, and hands out maps
+    in the memory format of the images.
 
     ===== =========== ================ ====== ========
     index module      map (Sec. 3.1)   stride channels
@@ -724,9 +725,16 @@ class ConvMLP(BaseModule):
         Returns:
             tuple[Tensor]: A map of shape (B, C_i, ceil(H / s_i), ceil(W / s_i))
             for each of ``out_indices``, with C_i and s_i in
-            ``out_channels`` and ``strides``; channels-last in memory.
+            ``out_channels`` and ``strides``. As of torch's own layers, they are
+            channels-last in memory if the images are, and contiguous otherwise.
         """
         self._check_input(x)
+        # Operators of mmcv such as RoIAlign read raw memory and take every map for
+        # contiguous, so that the layout used in here must not leave unasked for.
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.contiguous_format
+        if channels_last and not x.is_contiguous():
+            layout = torch.channels_last
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for name, stage in self._named_stages():
@@ -735,7 +743,7 @@ class ConvMLP(BaseModule):
                 outs.append(x)
         if self.norm is not None:
             outs[-1] = _to_channels_first(self.norm(_to_channels_last(x)))
-        return tuple(outs)
+        return tuple(out.contiguous(memory_format=layout) for out in outs)
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import mmengine.hub
@@ -14,14 +13,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry
 from PIL import Image
 from published import draw, draw_checkpoint, draw_image, published_forward
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten
 
 import convmlp_mm
 from convmlp_mm.analysis.complexity import measure_complexity
-from convmlp_mm.analysis.dry_run import dry_run
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.config_files import find_config
 from convmlp_mm.lazy import register_lazily
@@ -398,46 +394,3 @@ def test_a_model_is_folded_where_each_norm_has_its_own_convolution(name, kept):
         scale = max(1, b.abs().max())
         assert (a - b).abs().max() <= 1e-5 * scale
         assert not torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ('name', 'copied'),
-    [
-        ('retinanet_convmlp_s', set()),
-        ('semantic_fpn_convmlp_s', set()),
-        # RoIAlign knows one layout.
-        ('mask_rcnn_convmlp_s', {'roi_head.mask_head.convs.0.conv'}),
-    ],
-)
-def test_maps_and_weights_stay_channels_last_up_to_the_head(name, copied):
-    """What the profiler shows, for each convolution of neck and head."""
-    model = revert_sync_batchnorm(build_model(find_config(name)))
-    switch_to_deploy(model)
-    convolutions = {
-        key: module
-        for key, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and not key.startswith('backbone')
-    }
-    found = set()
-
-    def check(key, module, args, output):
-        maps = [args[0], output, module.weight]
-        if not all(m.is_contiguous(memory_format=torch.channels_last) for m in maps):
-            found.add(key)
-
-    for key, module in convolutions.items():
-        module.register_forward_hook(partial(check, key))
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        dry_run(model, (96, 96))
-    assert found == copied
-    shapes = [
-        tuple(event.input_shapes[0])
-        for event in profiler.events()
-        if event.name == 'aten::clone' and event.input_shapes
-    ]
-    weights = {
-        tuple(m.weight.shape)
-        for m in convolutions.values()
-        if m.weight[0, 0].numel() > 1
-    }
-    assert not weights & set(shapes)

@@ -18,8 +18,7 @@ from mmengine.registry import DefaultScope
 from ..apis import build_model, load_weights, switch_to_deploy
 from ..cli import plain_optim_wrapper
 from ..config_files import find_config
-from ..convmlp import ConvMLP
-from ..engine.model_hooks import use_channels_last
+from ..engine.model_hooks import operator_of_mmcv, use_channels_last
 from ..zoo import published_weights
 from .equality import replace_backbone
 from .inputs import draw_batch
@@ -145,9 +144,14 @@ def _build(job: Job) -> BaseModel:
         replace_backbone(model, cfg.model.backbone)
     if spec.deploy:
         switch_to_deploy(model)
-    if spec.layout is None and isinstance(getattr(model, 'backbone', None), ConvMLP):
+    if spec.layout is None:
         # As ChannelsLastHook does.
         use_channels_last(model)
+    elif spec.layout == 'channels-last' and operator_of_mmcv(model):
+        raise ValueError(
+            f'{spec.name} has {operator_of_mmcv(model)}, which computes other values '
+            'from channels-last maps'
+        )
     return model.to(device=job.device, memory_format=FORMATS[spec.layout])
 
 

@@ -18,6 +18,8 @@ __all__ = [
     'ChannelsLastHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
+    'needs_contiguous',
+    'operator_of_mmcv',
     'use_channels_last',
 ]
 
@@ -68,21 +70,91 @@ class CheckWeightsHook(Hook):
         checkpoint.pop('ema_state_dict', None)
 
 
-def use_channels_last(model: nn.Module) -> None:
-    """Put a model into the layout of the maps of :class:`ConvMLP`.
+# What computes the same values from channels-last maps as from contiguous ones, which
+# tests/test_layout.py holds. Any other neck or head gets contiguous maps.
+ANY_LAYOUT = (
+    'mmdet.RetinaNet',
+    'mmdet.FPN',
+    'mmdet.RetinaHead',
+    'mmseg.EncoderDecoder',
+    'mmseg.FPN',
+    'mmseg.FPNHead',
+    'mmpretrain.ImageClassifier',
+    'mmpretrain.GlobalAveragePooling',
+    'mmpretrain.LinearClsHead',
+)
 
-    The logits of mmseg's heads leave it in training: the loss wants one map for each
-    class, and would else copy them after they have been enlarged to the size of the
-    picture, sixteen times as large.
+
+def needs_contiguous(model: nn.Module) -> str | None:
+    """Name the part of a model that has not been shown to take channels-last maps.
+
+    mmcv's operators (RoIAlign, deformable convolutions and others) read the memory of
+    a map as if it were contiguous: some refuse any other layout, most compute wrong
+    values without a word. Other heads call ``view``, which fails.
 
     Args:
-        model (nn.Module): It is changed: the layout of its weights, and a forward
-            hook on each ``conv_seg``.
+        model (nn.Module): A model of mmpretrain, mmdet or mmseg.
+
+    Returns:
+        str | None: The class, or None if every part takes any layout.
     """
-    model.to(memory_format=torch.channels_last)
-    for name, module in model.named_modules():
-        if name.rpartition('.')[2] == 'conv_seg' and not module._forward_hooks:
-            module.register_forward_hook(_logits_for_loss)
+    parts = [model]
+    for name, child in model.named_children():
+        if name not in ('data_preprocessor', 'backbone'):
+            parts.append(child)
+    for part in parts:
+        package = type(part).__module__.partition('.')[0]
+        kind = f'{package}.{type(part).__name__}'
+        if kind not in ANY_LAYOUT:
+            return kind
+    return operator_of_mmcv(model)
+
+
+def operator_of_mmcv(model: nn.Module) -> str | None:
+    """Name the first of mmcv's operators in a model; they take contiguous maps only.
+
+    Args:
+        model (nn.Module): Any model.
+
+    Returns:
+        str | None: The class, such as ``'mmcv.RoIAlign'``, or None.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith('mmcv.ops'):
+            return f'mmcv.{type(module).__name__}'
+    return None
+
+
+def use_channels_last(model: nn.Module) -> bool:
+    """Keep the maps of a :class:`ConvMLP` channels-last up to the end of the model.
+
+    The images come to the backbone in that layout, so that its maps have it, and the
+    weights of neck and head get it. The logits of mmseg's heads leave it in training:
+    the loss wants one map for each class, and would else copy them after they have
+    been enlarged to the size of the image, sixteen times as large.
+
+    Args:
+        model (nn.Module): It is changed, unless its backbone is another or
+            :func:`needs_contiguous` names a part of it.
+
+    Returns:
+        bool: Whether the model works in channels-last memory.
+    """
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, ConvMLP) or needs_contiguous(model):
+        return False
+    if not getattr(backbone, 'gets_channels_last', False):
+        # An attribute, so that a copy of the model knows it, too.
+        backbone.gets_channels_last = True
+        backbone.register_forward_pre_hook(_images_channels_last)
+        if hasattr(getattr(model, 'decode_head', None), 'conv_seg'):
+            model.decode_head.conv_seg.register_forward_hook(_logits_for_loss)
+        model.to(memory_format=torch.channels_last)
+    return True
+
+
+def _images_channels_last(module: nn.Module, inputs: tuple) -> tuple:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def _logits_for_loss(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
@@ -91,12 +163,16 @@ def _logits_for_loss(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor
 
 @HOOKS.register_module(force=True)
 class ChannelsLastHook(Hook):
-    """Put the weights of neck and head into the layout of the backbone's maps.
+    """Let neck and head work in the layout that the backbone computes in.
 
     A convolution of channels-last maps answers in channels-last, but has to bring
     contiguous weights into that layout again in every forward, and its gradients
     into that of the weights: 2.4 MB for each use of a 3x3 convolution of 256
     channels, which the head of RetinaNet makes 40 times.
+
+    Only necks and heads that have been shown to compute the same are changed (see
+    :func:`needs_contiguous`); all others get contiguous maps from the backbone, as if
+    the hook were not there.
     """
 
     # Before EMAHook copies the model.
@@ -115,18 +191,26 @@ class ChannelsLastHook(Hook):
             runner (Runner): The runner.
         """
         model = runner.model
-        if not is_model_wrapper(model):
-            use_channels_last(model)
+        inner = _unwrap(model)
+        if not isinstance(getattr(inner, 'backbone', None), ConvMLP):
+            return
+        part = needs_contiguous(inner)
+        if part is not None:
+            runner.logger.info(
+                f'{part} gets contiguous maps: it has not been shown to compute the '
+                'same from channels-last ones.'
+            )
+        elif not is_model_wrapper(model):
+            use_channels_last(inner)
         elif isinstance(model, DistributedDataParallel) and hasattr(
             runner, 'wrap_model'
         ):
-            inner = model.module
             layouts = [p.stride() for p in inner.parameters()]
             use_channels_last(inner)
             # The loops of a runner call this hook once each.
             if layouts != [p.stride() for p in inner.parameters()]:
                 runner.model = runner.wrap_model(
-                    runner.cfg.get('model_wrapper_cfg'), inner
+                    runner.cfg.get('model_wrapper_cfg'), model.module
                 )
 
 

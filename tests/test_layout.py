@@ -232,15 +232,17 @@ def test_layout_adds_no_more_error_than_autocast_itself(name, tmp_path):
         assert (x - right).abs().max() <= 2 * rounding
         assert rounding <= 0.05 * whole.abs().max()
     if not hasattr(model, 'roi_head'):
+        with torch.autocast('cpu', torch.bfloat16):
+            assert_equal(losses(model), losses(twin), 0.02)
         return
+    # On a CPU, RoIAlign takes no bfloat16; the conversion keeps the layout.
+    maps = [x.float() for x in found]
     regions = torch.tensor([[0, 3.0, 3, 50, 40], [1, 10, 5, 80, 60]])
     extractor = model.roi_head.bbox_roi_extractor
-    with torch.no_grad(), torch.autocast('cpu', torch.float16):
-        maps = model.extract_feat(images)[: extractor.num_inputs]
-        found = extractor(maps, regions)
+    found = extractor(maps[: extractor.num_inputs], regions)
     layer = extractor.roi_layers[0]
-    expected = torchvisions(layer)(maps[0].float(), regions)
-    assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+    expected = torchvisions(layer)(maps[0], regions)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 CONVMLP = dict(_delete_=True, type='ConvMLP', arch='s')

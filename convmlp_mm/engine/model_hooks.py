@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,6 +84,8 @@ ANY_LAYOUT = (
     'mmpretrain.GlobalAveragePooling',
     'mmpretrain.LinearClsHead',
 )
+# In the backward pass of torch 2.2, GroupNorm in bfloat16 fails on channels-last maps.
+OLD_TORCH = digit_version(torch.__version__) < digit_version('2.4')
 
 
 def needs_contiguous(model: nn.Module) -> str | None:
@@ -107,6 +110,8 @@ def needs_contiguous(model: nn.Module) -> str | None:
         kind = f'{package}.{type(part).__name__}'
         if kind not in ANY_LAYOUT:
             return kind
+    if OLD_TORCH and any(isinstance(m, nn.GroupNorm) for m in model.modules()):
+        return 'torch.GroupNorm'
     return operator_of_mmcv(model)
 
 

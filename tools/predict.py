@@ -41,8 +41,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'weights', help="checkpoint file or URL, or 'published' for the authors'"
     )
-    parser.add_argument('input', help='image, or folder, with the folders in it')
-    parser.add_argument('--out', required=True, help='folder for what is written')
+    parser.add_argument(
+        'input', type=osp.expanduser, help='image, or folder, with the folders in it'
+    )
+    parser.add_argument(
+        '--out', required=True, type=osp.expanduser, help='folder for what is written'
+    )
     parser.add_argument(
         '--batch-size',
         type=int,

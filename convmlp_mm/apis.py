@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
 from .checkpoint_io import read_checkpoint
+from .config_checks import give_visualizer
 from .config_files import TOOLKITS, find_config
 from .weights import fit_checkpoint
 from .zoo import published_weights
@@ -147,7 +148,11 @@ def get_inferencer(
         with DefaultScope.overwrite_default_scope(scope):
             return ImageClassificationInferencer(model)
     meta = _dataset_meta(cfg)
-    cfg = _name_collate_fn(cfg)
+    give_visualizer(cfg)
+    # mmengine's inferencer takes a name here, unlike its Runner.
+    loader = cfg.get('test_dataloader') or {}
+    if isinstance(loader.get('collate_fn'), dict):
+        loader.collate_fn = loader.collate_fn['type']
     with warnings.catch_warnings():
         # Of weights that are not loaded and classes that are guessed: both
         # are put right below.
@@ -261,15 +266,6 @@ def switch_to_deploy(model: nn.Module) -> None:
     use_channels_last(model)
 
 
-def _name_collate_fn(cfg: Config) -> Config:
-    """Write ``collate_fn`` as mmengine's inferencer reads it, unlike its Runner."""
-    collate_fn = (cfg.get('test_dataloader') or {}).get('collate_fn')
-    if isinstance(collate_fn, dict):
-        cfg = copy.deepcopy(cfg)
-        cfg.test_dataloader.collate_fn = collate_fn['type']
-    return cfg
-
-
 def _palette(classes: int) -> list[list[int]]:
     """Draw colours as mmseg's data sets do that have none."""
     return np.random.RandomState(42).randint(0, 255, (classes, 3)).tolist()
@@ -285,7 +281,8 @@ def _dataset_meta(cfg: Config) -> dict:
     import_module(f'{scope}.utils').register_all_modules(False)
     registry = import_module(f'{scope}.registry').DATASETS
     # A registry fails at an empty name.
-    kind = registry.get(dataset['type']) if dataset.get('type') else None
+    kind = dataset.get('type')
+    kind = registry.get(kind) if kind and isinstance(kind, str) else kind
     meta = dict(getattr(kind, 'METAINFO', {}))
     meta.update(dataset.get('metainfo') or {})
     return meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os.path as osp
 from importlib import util
@@ -9,12 +10,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from .config_checks import read_config
+from .config_checks import TOOLKITS, name_types, read_config
 from .zoo import SCOPE, config_path
 
 __all__ = ['TOOLKITS', 'find_config', 'mim_folder']
-
-TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def find_config(name: str | Config) -> Config:
@@ -24,18 +23,20 @@ def find_config(name: str | Config) -> Config:
         name (str | Config): The path of a file; a name that :func:`config_path` knows,
             with ``convmlp_mm::`` before it or not; a file that a toolkit
             carries, such as ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``;
-            or a classifier of timm, such as ``'timm::resmlp_24_224'``. A
-            configuration that has been read already is returned.
+            or a classifier of timm, such as ``'timm::resmlp_24_224'``. Of a
+            configuration that has been read already, a copy is returned.
 
     Returns:
-        Config: The configuration.
+        Config: The configuration, see :func:`convmlp_mm.config_checks.read_config`.
 
     Raises:
         ValueError: If there is none of this name, or if it has no model.
         ImportError: If the toolkit or timm is not installed.
     """
     if isinstance(name, Config):
-        return name
+        cfg = copy.deepcopy(name)
+        name_types(cfg)
+        return cfg
     cfg = _read_config(name)
     if cfg.get('model') is None:
         raise ValueError(f'the configuration {name!r} has no model')
@@ -55,7 +56,7 @@ def _read_config(name: str) -> Config:
         known = ', '.join(f'{s}::' for s in (SCOPE, *TOOLKITS, 'timm'))
         raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
     # A folder may be called like a model.
-    if not colons and osp.isfile(name):
+    if not colons and osp.isfile(osp.expanduser(name)):
         return read_config(name)
     return read_config(config_path(rest))
 

@@ -6,15 +6,19 @@ results keep the names of the images, and files are in formats that others read.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import os.path as osp
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, compress, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mmcv
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .results import labels_of
@@ -33,6 +37,8 @@ __all__ = [
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 # Pictures of classifiers are enlarged to this short side, so that text fits on them.
 CLASSIFIED_SIDE = 320
+# Bytes of a file name, without what write_file and the ending add to it.
+MAX_NAME = 230
 
 
 def list_images(path: str | os.PathLike) -> list[str]:
@@ -43,18 +49,20 @@ def list_images(path: str | os.PathLike) -> list[str]:
             the folders in it for files that are called like images.
 
     Returns:
-        list[str]: Paths, sorted.
+        list[str]: Paths, sorted. They may be no regular files, of which
+        :func:`read_whole_image` tells.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no image in
             the folder.
     """
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return [str(path)]
     if not path.is_dir():
         raise FileNotFoundError(f'image or folder {str(path)!r} does not exist')
     found = [p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS]
+    found = [p for p in found if not p.is_dir()]
     if not found:
         raise FileNotFoundError(
             f'folder {str(path)!r} has no images ({", ".join(EXTENSIONS)})'
@@ -74,6 +82,9 @@ def read_whole_image(path: str) -> np.ndarray:
     Raises:
         OSError: If it cannot.
     """
+    # To open a pipe would wait for somebody who writes.
+    if osp.exists(path) and not osp.isfile(path):
+        raise OSError('it is a pipe, socket or device')
     # OpenCV, with which the toolkits read, pads what is missing in grey.
     with Image.open(path) as image:
         image.load()
@@ -95,12 +106,16 @@ def predict(
 
     Yields:
         tuple[BaseDataElement, np.ndarray]: The prediction as the toolkit
-        gives it, and a picture of it, (H, W, 3), RGB, uint8.
+        gives it, and a picture of it, (H, W, 3), RGB, uint8; or None, if there are
+        numbers in it that are not finite.
     """
     scope = inferencer.model.cfg.default_scope
     samples = []
     for data in inferencer.preprocess(images, batch_size=len(images)):
         samples += inferencer.forward(data[1] if scope == 'mmdet' else data)
+    every, finite = samples, list(map(is_finite, samples))
+    # No visualizer draws the others.
+    images, samples = (list(compress(x, finite)) for x in (images, samples))
     if scope == 'mmpretrain':
         if inferencer.visualizer is None:
             # As the inferencer itself does where it draws.
@@ -129,7 +144,25 @@ def predict(
             add_legend(picture, *legend_of(inferencer, sample))
             for picture, sample in zip(pictures, samples)
         ]
-    yield from zip(samples, pictures)
+    pictures = iter(pictures)
+    for sample, drawn in zip(every, finite):
+        yield sample, next(pictures) if drawn else None
+
+
+def is_finite(sample: BaseDataElement) -> bool:
+    """Tell whether all numbers of a prediction are finite.
+
+    Args:
+        sample (BaseDataElement): As a toolkit gives it.
+    """
+    for value in sample.all_values():
+        if isinstance(value, torch.Tensor):
+            finite = bool(value.isfinite().all())
+        else:
+            finite = not hasattr(value, 'all_values') or is_finite(value)
+        if not finite:
+            return False
+    return True
 
 
 def legend_of(
@@ -184,11 +217,39 @@ def name_outputs(images: list[str], root: str) -> dict[str, str]:
         root (str): The folder that they lie in; folders below it stay.
 
     Returns:
-        dict[str, str]: By path. Images that differ in the ending only keep it.
+        dict[str, str]: By path. Images that differ in the ending only keep it, and a
+        number follows where that does not suffice. No two differ in the case of
+        letters only, which some disks ignore; long ones are cut.
     """
     names = {path: osp.relpath(path, root) for path in images}
-    stems = {path: osp.splitext(name)[0] for path, name in names.items()}
-    counts = Counter(stems.values())
-    return {
-        path: stem if counts[stem] == 1 else names[path] for path, stem in stems.items()
-    }
+    counts = Counter(_folded(osp.splitext(name)[0]) for name in names.values())
+    folders = {_folded(p) for name in names.values() for p in Path(name).parents}
+    chosen, taken = {}, set()
+    for path, name in names.items():
+        stem = osp.splitext(name)[0]
+        firsts = [stem] if counts[_folded(stem)] == 1 else []
+        numbered = (f'{name}-{number}' for number in count(2))
+        for candidate in chain(firsts, [name], numbered):
+            candidate = _cut(candidate)
+            key = _folded(candidate)
+            files = {f'{key}.jpg', f'{key}.png'}
+            if key not in taken and not files & folders:
+                break
+        taken.add(key)
+        chosen[path] = candidate
+    return chosen
+
+
+def _folded(name: object) -> str:
+    return unicodedata.normalize('NFC', str(name)).casefold()
+
+
+def _cut(path: str) -> str:
+    """Shorten the last part of a path, with a hash of it."""
+    folder, part = osp.split(path)
+    content = os.fsencode(part)
+    if len(content) <= MAX_NAME:
+        return path
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    part = content[: MAX_NAME - 20].decode(errors='ignore')
+    return osp.join(folder, f'{part}-{digest}')

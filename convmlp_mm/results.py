@@ -63,6 +63,7 @@ class Results:
         size: tuple[int, int],
         sample: BaseDataElement,
         label_map: str,
+        picture: str,
     ) -> None:
         """Add an image.
 
@@ -71,8 +72,9 @@ class Results:
             size (tuple[int, int]): Height and width in pixels.
             sample (BaseDataElement): The prediction.
             label_map (str): The file that a segmentor's label map goes to.
+            picture (str): The file that shows the prediction.
         """
-        image = dict(id=len(self.images) + 1, file_name=name)
+        image = dict(id=len(self.images) + 1, file_name=name, picture=picture)
         image.update(height=int(size[0]), width=int(size[1]))
         self.images.append(image)
         self.predictions += self.describe(image['id'], sample, label_map)

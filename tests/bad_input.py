@@ -316,14 +316,16 @@ CHECKPOINTS = [
 ]
 
 
-def train_before(change=None):
-    """Leave the checkpoint of a run, with other steps noted in it."""
+def train_before(change=None, forget=()):
+    """Leave the checkpoint of a run, with other steps noted in it, or without notes."""
 
     def spoil(paths):
         paths.train()
         path = paths.work / 'epoch_1.pth'
         content = torch.load(path, weights_only=False)
         content['meta']['step_size'].update(change or {})
+        for key in forget:
+            del content['meta'][key]
         torch.save(content, path)
 
     return spoil
@@ -333,16 +335,68 @@ def resume(paths):
     return ['--resume']
 
 
+def check(paths):
+    return ['--check']
+
+
+def other_images(paths, change):
+    content = json.loads((paths.data / JSON).read_text())
+    for image in content['images']:
+        change(image)
+    (paths.data / 'other.json').write_text(json.dumps(content))
+
+
+def other_ids(paths):
+    other_images(paths, lambda image: image.update(id=image['id'] + 1000))
+
+
+def other_names(paths):
+    paths.checkpoint.touch()
+    other_images(paths, lambda image: image.update(file_name='x' + image['file_name']))
+
+
 RUNS = [
     case('full disk', DET,
          ['cannot save', "epoch_1.pth: File too large; there is none yet"],
          'default_hooks.checkpoint.on_save_error=stop', during=tiny.full_disk),
     case('world size changed', DET,
-         ['steps of another size (processes 8 before and 1 now)', '--auto-scale-lr'],
+         ['steps of another size (processes 8 before and 1 now)', 'load_from='],
          arguments=resume, spoil=train_before(dict(processes=8))),
     case('batch size changed', DET,
-         ['steps of another size (batch size 2 before and 1 now)', '--auto-scale-lr'],
+         ['steps of another size (batch size 2 before and 1 now)', 'load_from='],
          'train_dataloader.batch_size=1', arguments=resume, spoil=train_before()),
+    case('learning rate changed', DET,
+         ['with another recipe (lr 0.001 before and 1e-05 now)', 'epoch_1.pth'],
+         'optim_wrapper.optimizer.lr=1e-5', arguments=resume, spoil=train_before()),
+    case('weight decay changed', DET, ['recipe (weight decay 0 before and 0.7 now)'],
+         'optim_wrapper.optimizer.weight_decay=0.7', arguments=resume,
+         spoil=train_before()),
+    case('optimizer changed', DET, ['recipe (optimizer SGD before and AdamW now'],
+         'optim_wrapper.optimizer.type=AdamW', arguments=resume, spoil=train_before()),
+    case('optimizer changed of an old checkpoint', DET,
+         ['dampening, momentum, nesterov before and amsgrad, betas'],
+         'optim_wrapper.optimizer.type=AdamW', arguments=resume,
+         spoil=train_before(forget=['recipe_types'])),
+    case('parameter groups changed', DET, ['recipe (parameters [', ' before and [1, 1'],
+         'optim_wrapper.paramwise_cfg.bias_lr_mult=2', arguments=resume,
+         spoil=train_before()),
+    case('schedule added', DET,
+         ["(param scheduler [] before and ['ExponentialLR'] now)"],
+         arguments=resume, spoil=lambda paths: [train_before()(paths), append(
+             'param_scheduler = dict(type="ExponentialLR", gamma=0.9)\n')(paths)]),
+    case('data set halved', DET,
+         ['a training set of another length (training samples 4 before and 2 now)'],
+         'train_dataloader.dataset.indices=2', arguments=resume, spoil=train_before()),
+    case('more top classes than classes', CLS,
+         ['val_evaluator.topk is (1, 5), but model.head has 2 classes'],
+         'val_evaluator.topk=(1,5)', arguments=check),
+    case('more top classes than classes in training', CLS,
+         ['model.head.topk is (1, 5), but model.head has 2 classes'],
+         'model.head.topk=(1,5)', 'model.head.cal_acc=True', arguments=check),
+    case('metric of other images', DET, ["other.json'", "have image 1, '1.jpg', of"],
+         'val_evaluator.ann_file=data/other.json', arguments=check, spoil=other_ids),
+    case('metric of images with the same ids', DET, ["have image 1, '1.jpg', of"],
+         'test_evaluator.ann_file=data/other.json', tool=TEST, spoil=other_names),
 ]
 CASES = [*CONFIGURATIONS, *FILES, *ANNOTATIONS, *IMAGES, *CHECKPOINTS, *RUNS]
 # fmt: on

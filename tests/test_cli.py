@@ -9,19 +9,28 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from mmengine.config import Config
-from mmpretrain.datasets import CIFAR10
+from mmengine.optim import AmpOptimWrapper
+from mmpretrain.datasets import CIFAR10, ImageNet
+from mmpretrain.models import ImageClassifier
+from torch.utils.data import DataLoader, Dataset
 
+from convmlp_mm.apis import build_model
 from convmlp_mm.cli import (
     add_common_arguments,
     build_runner,
     check_data,
     check_gpus,
     closing_group,
+    final_mistakes,
     load_config,
     one_line_errors,
 )
+from convmlp_mm.config_checks import name_types
+from convmlp_mm.config_files import find_config
+from convmlp_mm.data_checks import check_annotations
 
 
 @pytest.fixture
@@ -308,3 +317,134 @@ def test_group_of_processes_is_closed_unless_the_run_failed(tmp_path, end):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    tiny.write_data(tmp_path / 'data')
+    return tmp_path
+
+
+def test_a_tilde_means_the_home_folder_everywhere(home, tool):
+    tiny.write_config(home / 'of_data.py', 'detector', '~/data')
+    (home / 'recipe.py').write_text("_base_ = 'of_data.py'\nwork_dir = '~/runs'\n")
+    name = f'experiment_name={home.name}'
+    recipe = '~/recipe.py', '--cfg-options', name
+    more = 'train_cfg.max_epochs=2', 'default_hooks.checkpoint.out_dir=~/saved'
+    for command in (
+        ['train.py', *recipe, 'data_root=~/data'],
+        ['train.py', *recipe, 'load_from=~/runs/epoch_1.pth'],
+        ['train.py', '--resume', '~/runs/epoch_1.pth', *recipe, *more],
+        ['test.py', '~/recipe.py', '~/runs/epoch_1.pth', '--out=~/p.pkl'],
+        ['predict.py', '~/recipe.py', '~/runs/epoch_1.pth', '~/data', '--out=~/out'],
+    ):
+        done = tool(*command)
+        assert done.returncode == 0, done.stderr
+    assert (home / 'p.pkl').exists() and (home / 'out' / 'results.json').exists()
+    assert list((home / 'saved').rglob('epoch_2.pth'))
+    assert os.listdir(home / 'elsewhere') == []
+
+
+def test_configuration_with_classes_as_types_is_as_good_as_with_names(home, tool):
+    config, weights = home / 'recipe.py', home / 'weights.pth'
+    tiny.write_config(config, 'classifier', home / 'data')
+    torch.save(build_model(find_config(str(config))).state_dict(), weights)
+    # mmengine does not let a file that imports classes inherit from one that does not.
+    text = config.read_text().replace('_base_ =', 'base =')
+    imports = (
+        'from mmpretrain.datasets import CustomDataset, LoadImageFromFile, PackInputs',
+        'from mmpretrain.datasets import Resize',
+        'from mmpretrain.models import GlobalAveragePooling, ImageClassifier',
+        'from mmpretrain.models import CrossEntropyLoss, LinearClsHead',
+        'from mmpretrain.engine import VisualizationHook',
+        'from mmpretrain.evaluation import Accuracy',
+        'from mmengine.dataset import DefaultSampler, default_collate',
+        'from mmengine.optim import OptimWrapper',
+        'from torch.optim import SGD',
+        'from convmlp_mm import ConvMLP, SafeCheckpointHook',
+    )
+    kinds = ', '.join(line.partition(' import ')[2] for line in imports).split(', ')
+    for kind in kinds:
+        text = text.replace(f"type='{kind}'", f'type={kind}')
+    hook = 'default_hooks["visualization"] = dict(type=VisualizationHook)\n'
+    config.write_text('\n'.join([*imports, text, hook]))
+    name = f'experiment_name={home.name}', 'optim_wrapper.dtype=bfloat16'
+    for command in (
+        ['train.py', config, '--amp', '--work-dir', home / 'w', '--cfg-options', *name],
+        ['test.py', config, weights, '--show-dir', home / 'shown'],
+        ['predict.py', config, weights, home / 'data/images', '--out', home / 'p'],
+        ['export.py', config, weights, home / 'e.onnx', '--shape', '64', '64'],
+        ['complexity.py', config, '--out', home / 'table'],
+    ):
+        done = tool(*map(str, command))
+        assert done.returncode == 0, done.stderr
+    assert list((home / 'shown').rglob('*.*'))
+    # The size of the test pipeline.
+    assert '64x64' in (home / 'table').read_text()
+
+
+def test_only_what_the_scope_knows_is_named():
+    class Mine(ImageClassifier):
+        pass
+
+    for kind, name in (
+        (ImageClassifier, 'ImageClassifier'),
+        ('mmpretrain.models.classifiers.ImageClassifier', 'ImageClassifier'),
+        (torch.nn.BatchNorm2d, 'BN'),
+        (AmpOptimWrapper, 'AmpOptimWrapper'),
+        ('mmdet.CocoDataset', 'mmdet.CocoDataset'),
+        (Mine, Mine),
+    ):
+        cfg = Config(dict(default_scope='mmpretrain', x=[dict(y=dict(type=kind))]))
+        name_types(cfg)
+        assert cfg.x[0].y.type == name
+    # Of another toolkit, the name means another class.
+    cfg = Config(dict(default_scope='mmseg', x=dict(type=ImageNet)))
+    name_types(cfg)
+    assert cfg.x.type is ImageNet
+
+
+def test_loaders_without_workers_and_hooks_that_are_dropped_are_told(home, tool):
+    tiny.write_config(home / 'recipe.py', 'detector', home / 'data')
+    keys = 'persistent_workers=True', 'prefetch_factor=4'
+    options = [f'{s}_dataloader.{key}' for s in ('train', 'val') for key in keys]
+    command = ['train.py', home / 'recipe.py', '--work-dir', home / 'w']
+    name = f'experiment_name={home.name}'
+    hooks = "[{'type':'CheckDataHook'},{'type':'SummaryHook'}]"
+    (home / 'child.py').write_text(f"_base_ = 'recipe.py'\ncustom_hooks = {hooks}\n")
+    done = tool(*command, '--cfg-options', name, *options)
+    assert done.returncode == 0, done.stderr
+    said = 'without workers, train_dataloader.persistent_workers, train_dataloader.pre'
+    assert done.stderr.count(said) == 1 and 'leaves out' not in done.stderr
+    command[1] = home / 'child.py'
+    done = tool(*command, '--cfg-options', f'{name}_child')
+    assert done.stderr.count('leaves out CheckWeightsHook, ChannelsLastHook') == 1
+    assert 'CheckDataHook' not in done.stderr.partition('leaves out')[2].split(';')[0]
+    assert 'leaves out' not in tool(*command, '--check').stderr
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        check_annotations([], 'a.json')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_what_is_wrong_stands_alone(capsys, workers):
+    with pytest.raises(SystemExit) as stop, final_mistakes():
+        next(iter(DataLoader(Broken(), num_workers=workers)))
+    assert stop.value.code == 2
+    message = "error: annotation file 'a.json' must hold a dict, but holds a list\n"
+    said = capsys.readouterr().err
+    assert said.endswith(message) and said.count('\n') == 1
+
+
+def test_errors_of_others_keep_their_trace():
+    for broken in (lambda: check_annotations({'images': 1}, []), lambda: int('x')):
+        with pytest.raises((TypeError, ValueError)), final_mistakes():
+            broken()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import EarlyStoppingHook, EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -17,7 +17,13 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from convmlp_mm import AgreementHook, ConvMLP, ExactResumeHook, SafeCheckpointHook
+from convmlp_mm import (
+    AgreementHook,
+    ConvMLP,
+    ExactResumeHook,
+    SafeCheckpointHook,
+    SummaryHook,
+)
 from convmlp_mm.checkpoint_io import read_checkpoint
 from convmlp_mm.engine.random_state import get_random_state, set_random_state
 
@@ -132,7 +138,10 @@ def run(folder, *hooks, resume=False, seed=None, train=EPOCHS, sampler=None, **e
         train_cfg=train,
         val_cfg=dict(),
         optim_wrapper=wrapper,
-        param_scheduler=dict(type='CosineAnnealingLR', T_max=end, by_epoch=False),
+        param_scheduler=extra.pop(
+            'param_scheduler',
+            dict(type='CosineAnnealingLR', T_max=end, by_epoch=False),
+        ),
         default_hooks=dict(
             checkpoint=dict(
                 type=SafeCheckpointHook,
@@ -361,15 +370,6 @@ def test_sampler_that_skips_for_itself_goes_on(tmp_path):
     assert calls == whole[4:]
 
 
-def test_scaled_steps_accumulate_from_where_they_are(tmp_path):
-    accumulated = dict(wrapper=dict(accumulative_counts=2))
-    run(tmp_path, StopAt(12), seed=0, **accumulated)
-    scale = dict(enable=True, base_batch_size=2)
-    calls, _ = change(tmp_path, 4, auto_scale_lr=scale, **accumulated)
-    # Three batches of the second half, from the third epoch on.
-    assert [call[1] for call in calls] == list(range(6, 12))
-
-
 class FullDisk(Hook):
     priority = 'VERY_HIGH'
 
@@ -462,7 +462,7 @@ def test_steps_of_another_size_are_refused(tmp_path):
         'the run cannot be resumed with steps of another size '
         '(batch size 2 before and 5 now)'
     )
-    assert '--auto-scale-lr' in str(info.value)
+    assert 'epoch_2.pth' in str(info.value)
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob('*.pth')}
 
 
@@ -474,20 +474,58 @@ def test_another_number_of_processes_is_refused(tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r'\(processes 8 before and 1 now\)'):
         run(tmp_path, resume=True)
-    # Nor can it be continued exactly when the learning rate is scaled.
-    scale = dict(enable=True, base_batch_size=2)
-    calls, runner = run(tmp_path, resume=True, auto_scale_lr=scale)
-    assert [call[1] for call in calls] == list(range(10, 20))
-    assert calls[0][4] == pytest.approx(run(tmp_path / 'w', seed=0)[0][10][4] / 8)
 
 
-def test_steps_of_another_size_scale_learning_rate_and_schedule(tmp_path):
+@pytest.mark.parametrize('stop', [(7,), (15, 'before_val_iter'), (18,)])
+def test_early_stopping_counts_on(tmp_path, stop):
+    def train(folder, *hooks, resume=False):
+        hooks += Early(), SummaryHook()
+        # The seed is of the validation's order, too, which decides its values here.
+        settings = dict(saving=dict(save_best='mean', rule='less'), seed=0)
+        settings['train'] = dict(EPOCHS, max_epochs=8)
+        return run(tmp_path / folder, *hooks, resume=resume, **settings)
+
+    _, runner = train('a')
+    end, best = runner.epoch, next((tmp_path / 'a').glob('best_*')).name
+    assert 4 < end < 8
+    train('b', StopAt(*stop))
+    _, runner = train('b', resume=True)
+    assert runner.epoch == end
+    last = f'epoch_{end}.pth'
+    assert (tmp_path / 'b' / best).exists()
+    assert_equal(content(tmp_path / 'a', last), content(tmp_path / 'b', last))
+    # Once it has ended, it does not train on.
+    calls, runner = train('b', resume=True)
+    assert calls == [] and runner.train_loop.stop_training
+    assert not (tmp_path / 'b' / f'epoch_{end + 1}.pth').exists()
+
+
+class Early(EarlyStoppingHook):
+    def __init__(self):
+        super().__init__('mean', rule='less', patience=3, min_delta=0)
+
+
+def test_longer_run_keeps_the_schedule_and_says_so(tmp_path):
+    run(tmp_path, seed=0)
+    calls, runner = run(tmp_path, resume=True, train=dict(EPOCHS, max_epochs=5))
+    assert [call[1] for call in calls] == list(range(20, 25))
+    assert len({call[4] for call in calls}) == 1
+    log = next(tmp_path.glob(f'{runner.timestamp}/*.log')).read_text()
+    assert 'goes on (param_scheduler.0.end 20 before and 25 now)' in log
+
+
+def test_another_schedule_is_refused(tmp_path):
     run(tmp_path, StopAt(12), seed=0)
-    scale = dict(enable=True, base_batch_size=2)
-    calls, _ = change(tmp_path, 4, auto_scale_lr=scale)
-    # Two epochs of 5 steps were over: two of 3 are left.
-    assert [call[:3] for call in calls] == [
-        (2 + i // 3, 6 + i, i % 3) for i in range(6)
+    schedule = dict(type='CosineAnnealingLR', T_max=40, by_epoch=False)
+    with pytest.raises(ValueError, match=r'scheduler\.0\.T_max 20 before and 40 now\)'):
+        run(tmp_path, resume=True, param_scheduler=schedule)
+
+
+def test_momentum_that_is_scheduled_is_not_taken_for_another_recipe(tmp_path):
+    schedule = [
+        dict(type='LinearLR', end=8, by_epoch=False),
+        dict(type='CosineAnnealingMomentum', T_max=20, by_epoch=False),
     ]
-    whole, _ = run(tmp_path / 'whole', seed=0, auto_scale_lr=dict(scale))
-    assert calls[0][4] == pytest.approx(2 * whole[10][4], rel=0.25)
+    whole, _ = run(tmp_path / 'a', seed=0, param_scheduler=schedule)
+    parts, _ = stop_and_resume(tmp_path / 'b', 13, [], param_scheduler=schedule)
+    assert parts[-1] == whole[10:]

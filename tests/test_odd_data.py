@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from convmlp_mm import get_model
 from convmlp_mm.config_checks import check_settings
-from convmlp_mm.engine.check_data import _check_heads, _Watched
+from convmlp_mm.engine.check_data import _check_heads, _check_neck, _Watched
 
 RNG = np.random.default_rng(1)
 # Some sizes at which rounding, padding and cropping go wrong.
@@ -174,3 +174,20 @@ def test_watched_transform_is_as_the_one_it_watches():
     for copy in (watched, pickle.loads(pickle.dumps(watched))):
         assert copy.scale == (9, 8) and repr(copy) == repr(Resize(scale=(9, 8)))
         assert not hasattr(copy, 'no_such_thing')
+
+
+def test_neck_that_takes_the_maps_in_its_own_order_is_right():
+    def model(channels):
+        backbone = dict(type='ConvMLP', arch=tiny.ARCH, out_indices=(1, 2, 3))
+        out = dict(num_scales=3, out_channels=[16, 8, 8])
+        neck = dict(type='YOLOV3Neck', in_channels=channels, **out)
+        changes = dict(backbone=backbone, neck=neck)
+        for change in changes.values():
+            change['_delete_'] = True
+        return get_model('retinanet_convmlp_s', **changes).train()
+
+    right = model([16, 16, 8])
+    _check_neck(right)
+    assert right.training and right.backbone.training
+    with pytest.raises(ValueError, match=r'in_channels is \[16, 8, 16\], but'):
+        _check_neck(model([16, 8, 16]))

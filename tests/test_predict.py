@@ -2,9 +2,12 @@
 
 import copy
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image
@@ -232,3 +235,113 @@ def test_flips_of_segmentation_tta_make_the_prediction_symmetric(weights, images
     labels, mirrored = predict(pixels), predict(pixels[:, ::-1].copy())
     assert labels.shape == (48, 64) and len(np.unique(labels)) > 1
     assert (labels == mirrored[:, ::-1]).mean() > 0.999
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A recipe without visualizer, and its weights, by kind."""
+    folder = tmp_path_factory.mktemp('small')
+    tiny.write_data(folder / 'data')
+
+    def make(kind):
+        config, file = folder / f'{kind}.py', folder / f'{kind}.pth'
+        tiny.write_config(config, kind, folder / 'data')
+        torch.save(build_model(find_config(str(config))).state_dict(), file)
+        return config, file
+
+    return make
+
+
+# Height and width by name: no two images have both in common.
+HOSTILE = {
+    'a.jpg': (48, 64),
+    'a.png': (32, 96),
+    'a.jpg.png': (40, 40),
+    'a.png.jpg': (20, 20),
+    'A.jpg': (33, 33),
+    'x/1.jpg': (48, 63),
+    'X/1.jpg': (48, 62),
+    'y.png': (9, 70),
+    'y.bmp': (9, 71),
+    # A folder like the picture of an image beside it.
+    'y.png.jpg/1.png': (48, 61),
+    '\u00e9.png': (30, 31),
+    'e\u0301.png': (30, 32),
+    'n' * 246 + '.jpg': (32, 32),
+    'N' * 246 + '.jpg': (32, 31),
+    '\u00fc' * 120 + '.jpg': (32, 30),
+}
+
+
+@pytest.mark.parametrize('kind', ['classifier', 'detector', 'segmentor'])
+def test_no_two_images_share_a_file(tool, small, tmp_path, kind):
+    config, weights = small(kind)
+    for name, size in HOSTILE.items():
+        path = tmp_path / 'images' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', size[::-1]).save(path)
+    os.mkfifo(tmp_path / 'images' / 'pipe.jpg')
+    (tmp_path / 'images' / 'zero.jpg').symlink_to('/dev/zero')
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / 'images' / 'socket.jpg'))
+        out = tmp_path / 'out'
+        command = ['predict.py', config, weights, tmp_path / 'images', '--out', out]
+        done = tool(*command, '--device', 'cpu', '--score-thr', '0')
+    assert done.returncode == 1, done.stderr
+    results = json.loads((out / 'results.json').read_text())
+    reason = 'it is a pipe, socket or device'
+    assert results['skipped'] == [
+        dict(file_name=f'{name}.jpg', reason=reason)
+        for name in ('pipe', 'socket', 'zero')
+    ]
+    images = {image['id']: image for image in results['images']}
+    assert {i['file_name'] for i in images.values()} == set(HOSTILE)
+    written = [image['picture'] for image in images.values()]
+    if kind == 'segmentor':
+        for found in results['predictions']:
+            image = images[found['image_id']]
+            size = Image.open(out / found['label_map']).size
+            assert size == (image['width'], image['height'])
+            assert Image.open(out / image['picture']).height == image['height']
+            written.append(found['label_map'])
+    assert all((out / name).is_file() for name in written)
+    # On a disk that ignores the case, too.
+    assert len({name.casefold() for name in written}) == len(written)
+
+
+# Of those of detectors, mmdet drops all that are below a threshold, or no number.
+@pytest.mark.parametrize('kind', ['classifier', 'segmentor'])
+def test_prediction_that_is_not_finite_is_skipped(tool, small, tmp_path, kind):
+    config, weights = small(kind)
+    state = torch.load(weights)
+    head = [key for key in state if 'head' in key and key.endswith('.weight')]
+    # Finite as they are, but not their products.
+    state.update({key: torch.full_like(state[key], 3e38) for key in head})
+    torch.save(state, tmp_path / 'large.pth')
+    images, out = tmp_path / 'images', tmp_path / 'out'
+    images.mkdir()
+    for name in 'ab':
+        Image.fromarray(tiny.picture()).save(images / f'{name}.jpg')
+    command = ['predict.py', config, tmp_path / 'large.pth', images, '--out', out]
+    done = tool(*command, '--device', 'cpu', '--score-thr', '0')
+    assert done.returncode == 1
+    content = (out / 'results.json').read_text()
+    assert 'NaN' not in content and 'Infinity' not in content
+    results = json.loads(content)
+    skipped = {entry['file_name']: entry['reason'] for entry in results['skipped']}
+    assert results['images'] == [] and list(skipped) == ['a.jpg', 'b.jpg']
+    assert 'not finite' in skipped['a.jpg']
+
+
+def test_picture_that_cannot_be_written_costs_no_other(tool, small, tmp_path):
+    config, weights = small('classifier')
+    images, out = tmp_path / 'images', tmp_path / 'out'
+    (out / 'vis' / 'a.jpg').mkdir(parents=True)
+    images.mkdir()
+    for name in 'ab':
+        Image.fromarray(tiny.picture()).save(images / f'{name}.jpg')
+    done = tool('predict.py', config, weights, images, '--out', out, '--device', 'cpu')
+    assert done.returncode == 1
+    results = json.loads((out / 'results.json').read_text())
+    assert [entry['file_name'] for entry in results['skipped']] == ['a.jpg']
+    assert [image['file_name'] for image in results['images']] == ['b.jpg']

@@ -148,6 +148,17 @@ def test_summary_of_iterations_says_where_no_checkpoint_was_kept(tmp_path):
     assert f'last        {tmp_path / "iter_4.pth"}' in text
 
 
+def test_summary_of_a_resumed_run_knows_the_best_of_before(tmp_path):
+    make_runner(tmp_path / 'a', [0.1, 0.5, 0.4], [SummaryHook()]).train()
+    train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=1)
+    runner = make_runner(tmp_path / 'b', [0.3], [SummaryHook()], train_cfg)
+    runner._resume, runner._load_from = True, str(tmp_path / 'a' / 'epoch_3.pth')
+    runner.train()
+    # That of the third epoch is saved before its validation.
+    line = 'coco/bbox_mAP 0.5000 after epoch 2, of which no checkpoint was kept'
+    assert line in summary(runner)
+
+
 def test_summary_without_validation_and_without_the_first_process(
     tmp_path, monkeypatch
 ):

@@ -14,6 +14,7 @@ own Mask2Former for videos, SparK and CLRNet, whose forward wants more than a pi
 
 import argparse
 import contextlib
+import os.path as osp
 import sys
 
 from convmlp_mm.analysis.complexity import (
@@ -46,7 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'each configuration is tested at (detectors: 800x1280)',
     )
     parser.add_argument('--format', choices=FORMATS, default='text')
-    parser.add_argument('--out', help='file to write; by default the terminal')
+    parser.add_argument(
+        '--out',
+        type=osp.expanduser,
+        help='file to write; by default the terminal',
+    )
     parser.add_argument(
         '--overwrite', action='store_true', help='replace the file of --out'
     )

@@ -7,6 +7,7 @@ bit. No tool of this package needs it: they all read both layouts.
 """
 
 import argparse
+import os.path as osp
 
 from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
 from convmlp_mm.cli import one_line_errors
@@ -19,7 +20,7 @@ LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', help='checkpoint file or URL, of either layout')
-    parser.add_argument('out', help='file to write')
+    parser.add_argument('out', type=osp.expanduser, help='file to write')
     parser.add_argument(
         '--to',
         choices=LAYOUTS,

@@ -8,6 +8,7 @@ number differs by more than 1e-4. See docs/deployment.md.
 """
 
 import argparse
+import os.path as osp
 import sys
 
 from convmlp_mm import __version__
@@ -39,7 +40,11 @@ def parse_args() -> argparse.Namespace:
         help="checkpoint file or URL, 'published' for the authors', or 'none' for "
         'random ones (seed 0)',
     )
-    parser.add_argument('out', help='file to write: .onnx, or .pt2 of --format torch')
+    parser.add_argument(
+        'out',
+        type=osp.expanduser,
+        help='file to write: .onnx, or .pt2 of --format torch',
+    )
     parser.add_argument('--format', choices=tuple(FORMATS), default='onnx')
     parser.add_argument(
         '--part', choices=PARTS, default='model', help='default: %(default)s'

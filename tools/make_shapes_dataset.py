@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import os.path as osp
 import shutil
 import signal
 import sys
@@ -570,7 +571,9 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = Parser(prog=TOOL, description=__doc__.splitlines()[0])
-    parser.add_argument('out', metavar='OUT', help='folder to make')
+    parser.add_argument(
+        'out', type=osp.expanduser, metavar='OUT', help='folder to make'
+    )
     for name, (default, low, high, text) in OPTIONS.items():
         text = f'{text}; {low} to {high}, default: {default}'
         option = '--' + name.replace('_', '-')

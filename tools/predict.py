@@ -41,8 +41,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'weights', help="checkpoint file or URL, or 'published' for the authors'"
     )
-    parser.add_argument('input', help='image, or folder, with the folders in it')
-    parser.add_argument('--out', required=True, help='folder for what is written')
+    parser.add_argument(
+        'input', type=osp.expanduser, help='image, or folder, with the folders in it'
+    )
+    parser.add_argument(
+        '--out', required=True, type=osp.expanduser, help='folder for what is written'
+    )
     parser.add_argument(
         '--batch-size',
         type=int,
@@ -128,17 +132,26 @@ def main() -> int:
         predicted = predict(inferencer, batch, args.score_thr)
         for path, size, (sample, picture) in zip(batch, sizes, predicted):
             label_map = f'label_maps/{names[path]}.png'
-            results.add(osp.relpath(path, root), size, sample, label_map)
-            save_image(osp.join(args.out, 'vis', f'{names[path]}.jpg'), picture)
-            if scope == 'mmseg':
-                labels = labels_of(sample)
-                # Label maps of more than 256 classes need 16 bits.
-                kind = 'uint8' if len(results.classes) <= 256 else 'uint16'
-                save_image(osp.join(args.out, label_map), labels.astype(kind))
+            drawn = f'vis/{names[path]}.jpg'
+            try:
+                if picture is None:
+                    raise ValueError('the prediction has numbers that are not finite')
+                save_image(osp.join(args.out, drawn), picture)
+                if scope == 'mmseg':
+                    labels = labels_of(sample)
+                    # Label maps of more than 256 classes need 16 bits.
+                    kind = 'uint8' if len(results.classes) <= 256 else 'uint16'
+                    save_image(osp.join(args.out, label_map), labels.astype(kind))
+            except (OSError, ValueError) as error:
+                skip(path, error)
+                continue
+            results.add(osp.relpath(path, root), size, sample, label_map, drawn)
             if bar:
                 bar.update()
     info = dict(config=args.config, weights=weights, score_thr=args.score_thr)
-    write_file(report, json.dumps(results.content(**info), indent=1), overwrite=True)
+    content = json.dumps(results.content(**info), indent=1, allow_nan=False)
+    with one_line_errors():
+        write_file(report, content, overwrite=True)
     done = f'{len(results.images)} of {len(images)} images'
     print(f'\npredicted {done}: {report} and {osp.join(args.out, "vis")}')
     return 1 if results.skipped else 0

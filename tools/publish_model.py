@@ -7,6 +7,7 @@ the classes. ``torch.load`` reads the file with ``weights_only=True``.
 
 import argparse
 import hashlib
+import os.path as osp
 
 import torch
 
@@ -19,7 +20,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument(
-        'out', help='file to write; the hash comes before its ending .pth'
+        'out',
+        type=osp.expanduser,
+        help='file to write; the hash comes before its ending .pth',
     )
     return parser.parse_args()
 

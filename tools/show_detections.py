@@ -24,9 +24,13 @@ PANEL_INCHES = 2.6
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('predictions', help='file written by tools/test.py --out')
-    parser.add_argument('annotations', help='COCO annotation file, for class names')
-    parser.add_argument('out', help='picture to write, .png')
+    parser.add_argument(
+        'predictions', type=osp.expanduser, help='file written by tools/test.py --out'
+    )
+    parser.add_argument(
+        'annotations', type=osp.expanduser, help='COCO annotation file, for class names'
+    )
+    parser.add_argument('out', type=osp.expanduser, help='picture to write, .png')
     parser.add_argument('--num', type=int, default=6, help='pictures to show')
     parser.add_argument('--score-thr', type=float, default=0.4)
     parser.add_argument('--title', default='')

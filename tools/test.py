@@ -2,6 +2,7 @@
 """Evaluate a checkpoint of any configuration of mmpretrain, mmdet or mmseg."""
 
 import argparse
+import os.path as osp
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
@@ -12,18 +13,29 @@ from convmlp_mm.cli import (
     check_checkpoint,
     check_data,
     closing_group,
+    final_mistakes,
     load_config,
     one_line_errors,
 )
+from convmlp_mm.config_checks import give_visualizer
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='configuration file')
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument('--out', metavar='PKL', help='dump the predictions here')
     parser.add_argument(
-        '--show-dir', help='draw predictions beside the ground truth into this folder'
+        'checkpoint', type=osp.expanduser, help='checkpoint file or URL'
+    )
+    parser.add_argument(
+        '--out',
+        metavar='PKL',
+        type=osp.expanduser,
+        help='dump the predictions here',
+    )
+    parser.add_argument(
+        '--show-dir',
+        type=osp.expanduser,
+        help='draw predictions beside the ground truth into this folder',
     )
     parser.add_argument(
         '--tta',
@@ -37,8 +49,9 @@ def parse_args() -> argparse.Namespace:
 
 def draw_to(cfg: Config, folder: str) -> None:
     """Turn on the visualisation hook, whose options differ by toolkit."""
-    hook = cfg.default_hooks.get('visualization')
-    kind = hook.type.rpartition('.')[2] if hook else None
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    kind = hook and getattr(hook.type, '__name__', hook.type).rpartition('.')[2]
+    give_visualizer(cfg)
     if kind == 'DetVisualizationHook':
         hook.update(draw=True, test_out_dir=folder)
     elif kind == 'SegVisualizationHook':
@@ -81,7 +94,7 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    with closing_group():
+    with final_mistakes(), closing_group():
         runner = build_runner(cfg)
         if args.out:
             dump = DumpResults(out_file_path=args.out)

@@ -2,6 +2,7 @@
 """Train any configuration of mmpretrain, mmdet or mmseg through its Runner."""
 
 import argparse
+import os.path as osp
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -28,6 +29,7 @@ def parse_args() -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
+        type=osp.expanduser,
         metavar='CHECKPOINT',
         help='go on from this checkpoint, or without a value from the newest '
         'in the work dir that opens; if there is none, start as without the option',
@@ -87,7 +89,9 @@ def prepare(args: argparse.Namespace) -> Config:
     elif args.resume is not None:
         check_checkpoint(args.resume, folder=cfg.get('strategy') is not None)
         cfg.resume, cfg.load_from = True, args.resume
-    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+    # An empty val_cfg validates, too.
+    splits = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
+    check_data(cfg, splits)
     return cfg
 
 

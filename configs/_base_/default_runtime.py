@@ -1,6 +1,7 @@
 # What every configuration of this package adds to the runtime of its toolkit.
 custom_imports = dict(imports=['convmlp_mm'], allow_failed_imports=False)
-custom_hooks = [
+# A configuration that replaces custom_hooks is told which of these it leaves out.
+runtime_hooks = [
     # load_from takes published weights, and all of the backbone or nothing.
     dict(type='CheckWeightsHook'),
     # Data and heads have the same classes; what cannot be loaded is named.
@@ -30,3 +31,4 @@ custom_hooks = [
     # What the training has come to, at its end.
     dict(type='SummaryHook'),
 ]
+custom_hooks = [*runtime_hooks]

@@ -62,7 +62,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser (ArgumentParser): It is changed.
     """
-    parser.add_argument('--out', required=True, help='picture to write, .png')
+    parser.add_argument(
+        '--out', required=True, type=osp.expanduser, help='picture to write, .png'
+    )
     parser.add_argument(
         '--models',
         nargs='+',

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mmengine.config import Config
 from torch.utils._pytree import tree_flatten
 
+from ..config_files import find_config
 from .dry_run import Costs, build_for_dry_run, dry_run
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def measure_complexity(
     Examples:
         ``measure_complexity(find_config('convmlp_s_imagenet')).macs`` is 2385327104.
     """
+    cfg = find_config(cfg)
     name = name or _name(cfg)
     shape = default_shape(cfg) if shape is None else tuple(shape)
     if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
@@ -179,7 +181,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _name(cfg: Config) -> str:
     file = Path(cfg.filename).stem if cfg.filename else None
-    return file or cfg.model.get('model_name') or cfg.model.type
+    return file or cfg.model.get('model_name') or str(cfg.model.type)
 
 
 def _run(model: BaseModel, cfg: Config, name: str, shape: tuple[int, int]) -> Costs:

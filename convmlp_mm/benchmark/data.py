@@ -17,6 +17,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
+from ..config_checks import WORKER_KEYS
+
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
 
@@ -30,7 +32,6 @@ __all__ = [
 ]
 
 # Keys of a loader that only processes of its own have.
-WORKER_KEYS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 TRIES = 100
 
 

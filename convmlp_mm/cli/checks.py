@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import os.path as osp
 
@@ -33,18 +34,71 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         ValueError: See :func:`convmlp_mm.config_checks.check_settings`.
     """
     check_settings(cfg, splits)
+    head = (cfg.get('model') or {}).get('head')
+    head = head if isinstance(head, dict) else {}
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if loader is not None:
             _check_dataset(loader['dataset'], f'{split}_dataloader.dataset')
         evaluators = cfg.get(f'{split}_evaluator') or []
         if isinstance(evaluators, dict):
-            evaluators = [evaluators]
-        for evaluator in evaluators:
+            evaluators = {f'{split}_evaluator': evaluators}
+        else:
+            evaluators = {f'{split}_evaluator.{i}': e for i, e in enumerate(evaluators)}
+        for key, evaluator in evaluators.items():
             path = evaluator.get('ann_file')
             backend = (evaluator.get('backend_args') or {}).get('backend', 'local')
             if path and backend == 'local':
-                _check_path(path, f'{split}_evaluator.ann_file', 'annotation file')
+                _check_path(path, f'{key}.ann_file', 'annotation file')
+                if loader is not None and not evaluator.get('format_only'):
+                    _check_images(path, f'{key}.ann_file', loader.dataset, split)
+            if str(evaluator.get('type')).rpartition('.')[2] == 'Accuracy':
+                _check_topk(evaluator, key, head)
+    if 'train' in splits and head.get('cal_acc'):
+        _check_topk(head, 'model.head', head)
+
+
+def _check_topk(section: ConfigDict, key: str, head: ConfigDict) -> None:
+    """Refuse what would fail once the first epoch is over."""
+    topk, classes = section.get('topk', 1), head.get('num_classes')
+    highest = max(topk, default=0) if isinstance(topk, (list, tuple)) else topk
+    if isinstance(classes, int) and highest > classes:
+        raise ValueError(
+            f'{key}.topk is {topk}, but model.head has {classes} classes: '
+            f'--cfg-options {key}.topk="[1]" is right for any number'
+        )
+
+
+def _check_images(path: str, key: str, dataset: ConfigDict, split: str) -> None:
+    """Refuse a metric whose file, another than that of the data, has other images.
+
+    Both are read in this case alone, as COCO's files take seconds.
+    """
+    other = dataset.get('ann_file')
+    if not isinstance(other, str) or not other or '://' in path:
+        return
+    other = osp.join(dataset.get('data_root') or '', other)
+    if osp.realpath(path) == osp.realpath(other):
+        return
+    needed, there = _images_of(other), _images_of(path)
+    missing = next((image for image in needed if there.get(image) != needed[image]), 0)
+    if there and missing:
+        raise ValueError(
+            f'annotation file {path!r} (named by {key} in the configuration) does not '
+            f'have image {missing}, {needed[missing]!r}, of {other!r} (named by '
+            f'{split}_dataloader.dataset): data and metric must be of the same images'
+        )
+
+
+def _images_of(path: str) -> dict[str, str]:
+    """Return the names of the images in a file of COCO's format by their ids."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            images = json.load(file)['images']
+        return {repr(i['id']): osp.basename(i['file_name']) for i in images}
+    except (OSError, ValueError, TypeError, KeyError):
+        # In another format, or what the data set will refuse.
+        return {}
 
 
 def _check_dataset(dataset: ConfigDict, key: str) -> None:

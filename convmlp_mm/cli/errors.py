@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import os.path as osp
+import re
 import sys
 import time
 import traceback
@@ -54,17 +55,39 @@ MISTAKES = (
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+PACKAGE = osp.dirname(osp.dirname(osp.abspath(__file__)))
+FRAME = re.compile(r'File "(.+)", line \d+, in .+\n\s*(.*)')
+
+
+def _said(error: Exception) -> str | None:
+    """Return the sentence of an error that this package has raised, in a worker too.
+
+    What it has not raised by itself needs a stack trace.
+    """
+    frames = FRAME.findall(''.join(traceback.format_exception(error)))
+    if not frames or not frames[-1][0].startswith(PACKAGE + os.sep):
+        return None
+    # A loader wraps the trace of its worker around the sentence.
+    sentence = str(error).rstrip().rpartition(f'\n{type(error).__name__}: ')[2]
+    return sentence if frames[-1][1].startswith('raise ') else None
+
+
 @contextlib.contextmanager
 def final_mistakes() -> Iterator[None]:
-    """Tell a launcher that restarts not to do so after what comes again.
+    """Say in one line what this package has found wrong in the middle of a run.
 
-    That is a mistake of the user's, or a disk that is full or cannot be written. The
-    stack trace stays. Without such a launcher nothing changes.
+    The exit code also tells a launcher that restarts not to do so after what comes
+    again: a mistake of the user's, or a disk that is full or cannot be written. The
+    stack traces of others stay. Without such a launcher nothing changes for them.
     """
     try:
         yield
     except (*MISTAKES, OSError) as error:
         final = isinstance(error, MISTAKES) or error.errno in FULL
+        sentence = isinstance(error, MISTAKES) and _said(error)
+        if sentence:
+            print(f'{osp.basename(sys.argv[0])}: error: {sentence}', file=sys.stderr)
+            sys.exit(MISTAKE)
         if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
             raise
         traceback.print_exc()

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import os.path as osp
-from collections.abc import Callable, Iterable
+import sys
 
 from mmengine.config import Config, DictAction
 
-from ..config_checks import read_config
+from ..config_checks import (
+    WORKER_KEYS,
+    map_config,
+    map_leaves,
+    read_config,
+    without_tilde,
+)
 from .checks import check_gpus
 
 __all__ = [
@@ -19,6 +25,9 @@ __all__ = [
     'map_config',
     'merge_options',
 ]
+
+
+SPLITS = ('train', 'val', 'test')
 
 
 class _CfgOptions(DictAction):
@@ -57,6 +66,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         '--work-dir',
+        type=osp.expanduser,
         help='folder for logs and checkpoints; by default work_dir of the '
         'configuration, else work_dirs/ and the name of the configuration',
     )
@@ -97,7 +107,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_gpus()
-    if not osp.isfile(args.config):
+    if not osp.isfile(osp.expanduser(args.config)):
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
@@ -109,7 +119,35 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs', name)
+    notes = [*_drop_worker_options(cfg), *_name_dropped_hooks(cfg)]
+    if not getattr(args, 'check', False) and os.environ.get('RANK', '0') == '0':
+        for note in notes:
+            print(note, file=sys.stderr)
     return cfg
+
+
+def _drop_worker_options(cfg: Config) -> list[str]:
+    """Take out of loaders without workers what only goes with some."""
+    loaders = {f'{s}_dataloader': cfg.get(f'{s}_dataloader') or {} for s in SPLITS}
+    dropped = [
+        f'{name}.{key}'
+        for name, loader in loaders.items()
+        if not loader.get('num_workers')
+        for key in WORKER_KEYS
+        if loader.pop(key, None)
+    ]
+    return [f'without workers, {", ".join(dropped)} has no effect'] if dropped else []
+
+
+def _name_dropped_hooks(cfg: Config) -> list[str]:
+    """Tell what a configuration that replaces ``custom_hooks`` does not run."""
+    kept = {str(hook.get('type')) for hook in cfg.get('custom_hooks') or []}
+    wanted = [hook['type'] for hook in cfg.get('runtime_hooks') or []]
+    dropped = [kind for kind in wanted if kind not in kept]
+    return dropped and [
+        f'custom_hooks of the configuration leaves out {", ".join(dropped)}; '
+        '[*_base_.custom_hooks, ...] adds to them'
+    ]
 
 
 def _check_strategy(cfg: Config) -> None:
@@ -137,38 +175,12 @@ def merge_options(cfg: Config, options: dict) -> None:
         options (dict): Values by dotted keys. ``data_root`` and
             ``num_classes`` reach the places that they were copied to.
     """
+    options = map_leaves(without_tilde, dict(options))
     if 'data_root' in options and cfg.get('data_root'):
         _move_data_root(cfg, cfg.data_root, options['data_root'])
     if 'num_classes' in options and cfg.get('num_classes'):
         _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
-    cfg.merge_from_dict(dict(options))
-
-
-def _map_leaves(function: Callable, value: object, key: object = None) -> object:
-    """Copy nested dicts and lists with ``function(key, leaf)`` at each leaf.
-
-    The items of a list have the key of the list.
-    """
-    if isinstance(value, dict):
-        return {k: _map_leaves(function, v, k) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_leaves(function, v, key) for v in value)
-    return function(key, value)
-
-
-def map_config(cfg: Config, keys: Iterable[str], function: Callable) -> None:
-    """Change some top-level values of a configuration, leaf by leaf.
-
-    Args:
-        cfg (Config): It is changed.
-        keys (Iterable[str]): Of the values; those that it does not have are left out.
-        function (Callable): Called with the key and the value of each leaf of nested
-            dicts and lists, it returns the new one. The items of a list have the key
-            of the list.
-    """
-    for key in keys:
-        if cfg.get(key) is not None:
-            setattr(cfg, key, _map_leaves(function, cfg.get(key)))
+    cfg.merge_from_dict(options)
 
 
 def _move_data_root(cfg: Config, old: str, new: str) -> None:
@@ -184,9 +196,8 @@ def _move_data_root(cfg: Config, old: str, new: str) -> None:
             return osp.join(new, value[len(root) :])
         return value
 
-    splits = ('train', 'val', 'test')
     parts = ('dataloader', 'evaluator')
-    map_config(cfg, [f'{s}_{p}' for s in splits for p in parts], moved)
+    map_config(cfg, [f'{s}_{p}' for s in SPLITS for p in parts], moved)
 
 
 def _set_num_classes(cfg: Config, old: int, new: int) -> None:

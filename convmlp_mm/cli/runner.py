@@ -124,7 +124,7 @@ def _fit_to_cpu(cfg: Config) -> None:
         replaced.append(f'{wrapper["type"]} instead of AmpOptimWrapper')
 
     def local_norm(key, value):
-        if key == 'type' and value == 'SyncBN':
+        if key == 'type' and value in ('SyncBN', torch.nn.SyncBatchNorm):
             replaced.append('BN instead of SyncBN')
             return 'BN'
         return value

@@ -7,100 +7,113 @@ from collections import defaultdict
 
 import torch
 from mmengine.dist import all_gather_object, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ['AgreementHook', 'steps_of']
 
 # Of the checkpoint's meta.
-KEY = 'step_size'
+STEPS, SAMPLES, TYPES = 'step_size', 'training_samples', 'recipe_types'
 # What a scheduler has reached, in contrast to what its configuration says.
-PROGRESS = ('last_step', '_global_step', '_last_value', 'base_values', 'optimizer')
+PROGRESS = ('base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs')
 
 
 @HOOKS.register_module(force=True)
 class AgreementHook(Hook):
-    """Stop a run whose processes disagree, or whose steps are of another size.
+    """Stop a run whose processes disagree, or that disagrees with its checkpoint.
 
     Each process looks up and loads its checkpoint alone. If they do not see the same
     files, some resume and others begin, and average their gradients; so, before the
     first step, all compare epoch, iteration and a checksum of the weights.
 
-    A run that is resumed with another number of processes, batch size or number of
-    accumulated batches would go on with a learning rate for the former ones: it is
-    refused, unless ``auto_scale_lr`` is enabled (``--auto-scale-lr`` of
-    ``tools/train.py``). Then learning rate and schedule are scaled by the size of the
-    steps, and an epoch that had begun starts over.
+    A Runner that resumes takes the state of optimizer and schedulers from the
+    checkpoint, and with it the learning rate, the weight decay and the schedule,
+    whatever the configuration says now. A run is therefore refused if these, the
+    optimizer, the number of processes, the batch size, the number of accumulated
+    batches or the length of the training set are others than those of the checkpoint.
+    One that is only to be longer goes on, with the schedule of the checkpoint.
+
+    ``EarlyStoppingHook`` is told again what the validations before have given, which
+    it forgets: a resumed run stops where it would have stopped.
     """
 
-    def __init__(self) -> None:
-        self._saved: dict | None = None
-        self._recipe: list[dict] = []
-
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note the size of the steps.
+        """Note what the states in the checkpoint do not say.
 
         Args:
             runner (Runner): The runner.
-            checkpoint (dict): Its ``meta`` gets the key ``'step_size'``.
+            checkpoint (dict): Its ``meta`` gets the keys ``'step_size'``,
+                ``'training_samples'`` and ``'recipe_types'``.
         """
-        checkpoint['meta'][KEY] = steps_of(runner)
+        checkpoint['meta'].update(_note(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Take the note of a checkpoint that is resumed.
+        """Compare a checkpoint that is resumed with the configuration.
 
         Args:
             runner (Runner): The runner.
             checkpoint (dict): What the file holds.
+
+        Raises:
+            ValueError: If they differ.
         """
-        if runner._resume:
-            self._saved = checkpoint.get('meta', {}).get(KEY)
-            # They are about to get the lengths of the former run.
-            self._recipe = [
-                {k: v for k, v in vars(scheduler).items() if k not in PROGRESS}
-                for scheduler in _schedulers(runner)
-            ]
+        if not runner._resume:
+            return
+        meta, note = checkpoint.get('meta') or {}, _note(runner)
+        changes = {
+            'steps of another size': _changes(meta.get(STEPS), note[STEPS]),
+            'a training set of another length': _changes(
+                {k: meta[k] for k in (SAMPLES,) if k in meta}, {SAMPLES: note[SAMPLES]}
+            ),
+        }
+        ends = []
+        # The states of a FlexibleRunner are in parts.
+        if isinstance(runner, Runner) and 'optimizer' in checkpoint:
+            states = [scheduler.state_dict() for scheduler in _schedulers(runner)]
+            saved = checkpoint.get('param_schedulers')
+            before = _recipe(checkpoint['optimizer'], saved)
+            now = _recipe(runner.optim_wrapper.state_dict(), states)
+            recipe = _changes(meta.get(TYPES), note[TYPES]) + _changes(before, now)
+            ends = [change for change in recipe if '.end ' in change]
+            changes['another recipe'] = [c for c in recipe if c not in ends]
+        named = [f'{what} ({_shorten(c)})' for what, c in changes.items() if c]
+        another = (
+            'begin another from its weights, in another --work-dir, without --resume '
+            f'and with --cfg-options load_from={runner._load_from}'
+        )
+        if named:
+            raise ValueError(
+                f'the run cannot be resumed with {" and ".join(named)}: resume it as '
+                f'it was, or {another}'
+            )
+        if ends:
+            runner.logger.warning(
+                f'The schedule of the checkpoint goes on ({_shorten(ends)}): after '
+                f'its end, the values stay. For that of the configuration, {another}'
+            )
 
     def before_train(self, runner: Runner) -> None:
-        """Compare.
+        """Compare the processes, and let early stopping count on.
 
         Args:
             runner (Runner): The runner.
 
         Raises:
             RuntimeError: If the processes disagree.
-            ValueError: If the steps are of another size.
         """
         if get_world_size() > 1:
             _compare_processes(runner)
-        saved, self._saved = self._saved, None
-        steps = steps_of(runner)
-        if saved is None or saved == steps:
+        if not runner._resume:
             return
-        changes = ', '.join(
-            f'{name.replace("_", " ")} {saved[name]} before and {steps[name]} now'
-            for name in steps
-            if saved[name] != steps[name]
-        )
-        # FlexibleRunner keeps it to itself.
-        scale = getattr(runner, 'auto_scale_lr', None) or vars(runner).get(
-            '_auto_scale_lr'
-        )
-        if not (scale or {}).get('enable'):
-            raise ValueError(
-                f'the run cannot be resumed with steps of another size ({changes}): '
-                'resume it as it was, or have the learning rate scaled by '
-                '--auto-scale-lr (auto_scale_lr.enable=True)'
-            )
-        ratio = _samples(steps) / _samples(saved)
-        _rescale(runner, ratio, self._recipe)
-        runner.logger.warning(
-            f'Resumed with {changes}: the learning rate is multiplied by {ratio:g}.'
-        )
+        for hook in runner.hooks:
+            if isinstance(hook, EarlyStoppingHook):
+                values = runner.message_hub.log_scalars.get(f'val/{hook.monitor}')
+                for value in values.data[0] if values else ():
+                    hook.after_val_epoch(runner, {hook.monitor: float(value)})
 
 
 def steps_of(runner: Runner) -> dict[str, int]:
@@ -126,8 +139,17 @@ def steps_of(runner: Runner) -> dict[str, int]:
     )
 
 
-def _samples(steps: dict[str, int]) -> int:
-    return steps['processes'] * steps['batch_size'] * steps['accumulative_counts']
+def _note(runner: Runner) -> dict[str, object]:
+    """Return what a resumed run must have as before, and no state says."""
+    wrappers = runner.optim_wrapper
+    wrappers = wrappers.values() if hasattr(wrappers, 'values') else [wrappers]
+    dataset = runner.train_dataloader.dataset
+    types = dict(
+        optimizer=[type(getattr(w, 'optimizer', w)).__name__ for w in wrappers],
+        param_scheduler=[type(scheduler).__name__ for scheduler in _schedulers(runner)],
+    )
+    samples = len(dataset) if hasattr(dataset, '__len__') else None
+    return {STEPS: steps_of(runner), SAMPLES: samples, TYPES: types}
 
 
 def _compare_processes(runner: Runner) -> None:
@@ -160,38 +182,59 @@ def _checksum(model: torch.nn.Module) -> int:
     return checksum
 
 
+def _listed(schedulers: list | dict | None) -> list:
+    """Return the schedulers of all optimizers, or their states."""
+    groups = schedulers.values() if isinstance(schedulers, dict) else [schedulers or []]
+    return [scheduler for group in groups for scheduler in group]
+
+
 def _schedulers(runner: Runner) -> list:
-    groups = runner.param_schedulers or []
-    groups = groups.values() if isinstance(groups, dict) else [groups]
-    schedulers = [s for group in groups for s in group]
     # FlexibleRunner loads before it builds them.
-    return [s for s in schedulers if isinstance(s, _ParamScheduler)]
+    found = _listed(runner.param_schedulers)
+    return [s for s in found if isinstance(s, _ParamScheduler)]
 
 
-def _rescale(runner: Runner, ratio: float, recipe: list[dict]) -> None:
-    """Multiply the learning rate, and move the schedule to the new iterations."""
-    wrappers = runner.optim_wrapper
-    wrappers = wrappers.values() if hasattr(wrappers, 'values') else [wrappers]
-    for wrapper in wrappers:
-        for group in wrapper.optimizer.param_groups:
-            for key in ('lr', 'initial_lr'):
-                if key in group:
-                    group[key] *= ratio
-    for scheduler in _schedulers(runner):
-        if scheduler.param_name == 'lr':
-            for name in ('base_values', '_last_value'):
-                values = getattr(scheduler, name)
-                setattr(scheduler, name, [value * ratio for value in values])
-    loop = runner.train_loop
-    if not isinstance(loop, EpochBasedTrainLoop):
-        # Its recipe counts iterations, whatever they hold.
-        return
-    before, loop._iter = loop._iter, loop._epoch * len(loop.dataloader)
-    # The Runner has done so for the former iteration; accumulation counts by it.
-    runner.optim_wrapper.initialize_count_status(
-        runner.model, loop._iter, loop.max_iters
-    )
-    for scheduler, lengths in zip(_schedulers(runner), recipe):
-        if not scheduler.by_epoch:
-            vars(scheduler).update(lengths)
-            scheduler.last_step = round(scheduler.last_step * loop._iter / before)
+def _recipe(optimizer: dict, schedulers: list | dict | None) -> dict[str, object]:
+    """Take out of states what the configuration has said."""
+    parts = {'': optimizer} if 'param_groups' in optimizer else optimizer
+    recipe = {}
+    for name, part in parts.items():
+        groups = part.get('param_groups', [])
+        recipe[f'{name} parameters'.strip()] = [len(g['params']) for g in groups]
+        for key in {k: 0 for group in groups for k in group}:
+            if key == 'params' or key.startswith('initial_'):
+                continue
+            if key == 'betas' and 'initial_momentum' in groups[0]:
+                # A schedule of the momentum changes the first of them.
+                values = [group[key][1:] for group in groups]
+            else:
+                values = [g.get(f'initial_{key}', g.get(key)) for g in groups]
+            recipe[f'{name} {key}'.strip()] = values
+    for i, state in enumerate(_listed(schedulers)):
+        for key, value in state.items():
+            if not key.startswith('_') and key not in PROGRESS and not callable(value):
+                recipe[f'param_scheduler.{i}.{key}'] = value
+    return recipe
+
+
+def _shorten(changes: list[str]) -> str:
+    more = f' and {len(changes) - 5} more' if len(changes) > 5 else ''
+    return ', '.join(changes[:5]) + more
+
+
+def _changes(before: dict | None, now: dict) -> list[str]:
+    """Name what differs, of lists of one length the first items that do."""
+    before, changes = before or {}, []
+    lost, new = (sorted(a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
+    # Those of one side alone may be of another version.
+    if lost and new:
+        changes.append(f'{", ".join(lost)} before and {", ".join(new)} now')
+    for key in [key for key in now if key in before]:
+        pair = before[key], now[key]
+        a, b = (list(v) if isinstance(v, tuple) else v for v in pair)
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            a, b = next(((x, y) for x, y in zip(a, b) if x != y), (a, b))
+        if a != b:
+            name = key if '.' in key else key.replace('_', ' ')
+            changes.append(f'{name} {a!s:.40} before and {b!s:.40} now')
+    return changes

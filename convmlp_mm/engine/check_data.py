@@ -6,6 +6,7 @@ import os.path as osp
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, Runner
@@ -89,11 +90,21 @@ def _check_neck(model: nn.Module) -> None:
     taken = getattr(getattr(model, 'neck', None), 'in_channels', None)
     if not isinstance(backbone, ConvMLP) or not isinstance(taken, (list, tuple)):
         return
-    if tuple(taken) != tuple(backbone.out_channels):
+    if tuple(taken) == tuple(backbone.out_channels):
+        return
+    # Some take the maps in another order: only a trial tells.
+    training, image = model.training, torch.zeros(1, backbone.in_channels, 128, 128)
+    model.eval()
+    try:
+        with torch.no_grad():
+            model.neck(backbone(image.to(next(backbone.parameters()).device)))
+    except (RuntimeError, AssertionError, IndexError) as error:
         raise ValueError(
             f'model.neck.in_channels is {list(taken)}, but the backbone gives '
             f'{list(backbone.out_channels)} channels'
-        )
+        ) from error
+    finally:
+        model.train(training)
 
 
 def _check_heads(

@@ -18,6 +18,8 @@ __all__ = ['SummaryHook']
 
 # The metrics by which the paper reports, in this order; higher is better.
 HEADLINES = ('bbox_mAP', 'segm_mAP', 'mIoU', 'top1')
+# Where the message hub, and so each checkpoint, keeps the best of them.
+BEST = 'summary_best'
 PICTURES = ('.png', '.jpg', '.jpeg')
 
 
@@ -34,14 +36,13 @@ class SummaryHook(Hook):
     AP, mask AP, mIoU and top-1 accuracy that the validation gives.
     """
 
-    # After CheckpointHook has saved.
-    priority = 'LOWEST'
+    # Before CheckpointHook saves the best value with the message hub.
+    priority = 'LOW'
 
     def __init__(self) -> None:
         self._start = self._val_start = 0.0
         self._val_seconds = 0.0
         self._images = self._first_iter = 0
-        self._best: tuple[str, float, int] | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Start the clock, before a resumed run makes up for a validation.
@@ -97,13 +98,11 @@ class SummaryHook(Hook):
         if not names:
             return
         value = float(metrics[names[0]])
+        best = runner.message_hub.runtime_info.get(BEST)
         # Not NaN, which compares as neither.
-        if (
-            self._best is None
-            or value > self._best[1]
-            or self._best[1] != self._best[1]
-        ):
-            self._best = names[0], value, _step(runner)[1]
+        if best is None or value > best[1] or best[1] != best[1]:
+            found = [names[0], value, _step(runner)[1]]
+            runner.message_hub.update_info(BEST, found)
 
     def after_train(self, runner: Runner) -> None:
         """Log the summary, in the first process.
@@ -150,9 +149,9 @@ class SummaryHook(Hook):
             ]
             if lines:
                 return lines
-        if self._best is None:
+        if BEST not in info:
             return []
-        name, value, step = self._best
+        name, value, step = info[BEST]
         unit = _step(runner)[0]
         line = f'  best        {name} {value:.4f} after {unit} {step}'
         for hook in hooks:

@@ -2,6 +2,11 @@
 """Evaluate a checkpoint of any configuration of mmpretrain, mmdet or mmseg."""
 
 import argparse
+import os
+
+# As in train.py.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
@@ -15,6 +20,7 @@ from convmlp_mm.cli import (
     load_config,
     one_line_errors,
 )
+from convmlp_mm.launch import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,6 +82,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def main() -> None:
+    end_with_launcher()
     args = parse_args()
     with one_line_errors():
         cfg = prepare(args)

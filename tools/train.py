@@ -2,6 +2,14 @@
 """Train any configuration of mmpretrain, mmdet or mmseg through its Runner."""
 
 import argparse
+import contextlib
+import os
+import os.path as osp
+
+# A thread that waits soon leaves its core to other processes. libgomp, which torch
+# brings, reads this once.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -15,10 +23,12 @@ from convmlp_mm.cli import (
     closing_group,
     final_mistakes,
     load_config,
+    lock_of_training,
     one_line_errors,
 )
 from convmlp_mm.engine import find_latest_checkpoint
 from convmlp_mm.engine.saving import checkpoint_hooks
+from convmlp_mm.launch import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,29 +85,40 @@ def prepare(args: argparse.Namespace) -> Config:
                 'configuration, which has none'
             )
         cfg.auto_scale_lr.enable = True
-    saved = checkpoint_of_restart(cfg.work_dir, args.resume)
+    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+    return cfg
+
+
+def choose_start(cfg: Config, resume: str | None) -> None:
+    """Put into the configuration which checkpoint the training goes on from."""
+    saved = checkpoint_of_restart(cfg.work_dir, resume)
     if saved is not None:
         cfg.resume, cfg.load_from = True, saved
-    elif args.resume == 'auto':
+    elif resume == 'auto':
         # With nothing to resume, load_from of the configuration stays.
         newest = find_latest_checkpoint(cfg.work_dir)
         cfg.resume = newest is not None
         if cfg.resume:
             cfg.load_from = newest
-    elif args.resume is not None:
-        check_checkpoint(args.resume, folder=cfg.get('strategy') is not None)
-        cfg.resume, cfg.load_from = True, args.resume
-    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
-    return cfg
+    elif resume is not None:
+        check_checkpoint(resume, folder=cfg.get('strategy') is not None)
+        cfg.resume, cfg.load_from = True, resume
 
 
 def main() -> None:
+    end_with_launcher()
     args = parse_args()
-    with one_line_errors():
-        cfg = prepare(args)
-    if args.check:
-        return
-    with final_mistakes(), closing_group():
+    with contextlib.ExitStack() as stack:
+        with one_line_errors():
+            cfg = prepare(args)
+            # A check makes no folder.
+            if not args.check or osp.isdir(cfg.work_dir):
+                stack.enter_context(lock_of_training(cfg))
+            choose_start(cfg, args.resume)
+        if args.check:
+            return
+        stack.enter_context(final_mistakes())
+        stack.enter_context(closing_group())
         runner = build_runner(cfg)
         for hook in checkpoint_hooks(runner):
             # load_from may be the configuration's own, or another found since.

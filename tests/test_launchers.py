@@ -163,6 +163,8 @@ def test_two_machines_survive_a_kill_on_the_second(tmp_path):
     ('variables', 'fragment'),
     [
         (dict(PORT='http'), "PORT must be a number, but is 'http'"),
+        (dict(PORT='70000'), 'PORT must be from 1 to 65535, but is 70000'),
+        (dict(NNODES='08', NODE_RANK='09', MASTER_ADDR='a'), 'is 8, but is 9'),
         (dict(MAX_RESTARTS='-1'), "MAX_RESTARTS must be a number, but is '-1'"),
         (dict(NNODES=2, NODE_RANK=2, MASTER_ADDR='a'), 'NODE_RANK must be below'),
         (dict(NNODES=2), 'MASTER_ADDR must be an address'),
@@ -184,6 +186,9 @@ def test_slurm_launchers_say_how_they_are_used(tmp_path, tool, least):
     done = bash(TOOLS / tool, *['x'] * least, cwd=tmp_path, GPUS='many')
     assert done.returncode == 2
     assert "GPUS must be 1 or more, but is 'many'" in done.stderr
+    done = bash(TOOLS / tool, *['x'] * least, cwd=tmp_path, PORT='70000')
+    assert done.returncode == 2
+    assert "PORT must be from 1 to 65535, but is '70000'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -208,9 +213,36 @@ def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
     assert done.stdout.endswith(f'train.py c.py {expected}\n')
 
 
+def test_slurm_job_gets_the_arguments_as_they_were_given(tmp_path):
+    for name, line in (
+        # SLURM runs what sbatch wraps as a script of /bin/sh.
+        ('sbatch', 'for last; do :; done; SLURM_JOB_ID=7 exec sh -c "$last"'),
+        ('python', 'true'),
+        ('srun', 'printf "%s|" "$@"'),
+    ):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{line}\n')
+        (tmp_path / name).chmod(0o755)
+    config, *rest = "m ä'x.py", 'a\n\'; touch PWNED; # "', '$(touch PWNED)', '\\n*'
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', BATCH=1, LC_ALL='C')
+    done = bash(TOOLS / 'slurm_train.sh', 'p', 'j', config, *rest, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    got = [config, '--work-dir', *rest, '--launcher', 'slurm', '']
+    assert done.stdout.split('|')[-len(got) :] == got
+    assert not (tmp_path / 'PWNED').exists()
+
+
+def test_launchers_find_their_folder_where_cd_says_where_it_goes(tmp_path):
+    (tmp_path / 'tools').symlink_to(TOOLS)
+    (tmp_path / 'python').write_text('#!/bin/sh\necho "$1"\n')
+    (tmp_path / 'python').chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', CDPATH='.')
+    done = bash('tools/dist_train.sh', 'x.py', 1, cwd=tmp_path, **env)
+    assert done.stdout.splitlines()[0] == str(tmp_path / 'tools' / 'train.py')
+
+
 def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):
     for name, line in (
-        ('srun', 'echo "$CONVMLP_MM_ATTEMPT" "$CONVMLP_MM_LAUNCH_TIME" "$@"'),
+        ('srun', 'echo "$CONVMLP_MM_ATTEMPT" "$CONVMLP_MM_LAUNCH_ID" "$@"'),
         ('python', 'true'),
     ):
         (tmp_path / name).write_text(f'#!/bin/sh\n{line}\n')
@@ -219,8 +251,7 @@ def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):
     command = TOOLS / 'slurm_train.sh', 'p', 'j', 'c.py', 'work', '--resume', 'x.pth'
     done = bash(*command, cwd=tmp_path, SLURM_RESTART_COUNT=2, **env)
     assert done.returncode == 0, done.stderr
-    # As of a launch before everything that is in the work dir.
-    assert done.stdout.startswith('2 0 ')
+    assert done.stdout.startswith('2 slurm_7 ')
     assert done.stdout.count('--resume') == 1
 
 
@@ -242,40 +273,34 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
     assert 'resumed' not in log and f'Load checkpoint from {first}' in log
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A work dir whose newest checkpoint was written at second 1000."""
-    path = tmp_path / 'epoch_1.pth'
-    meta = dict(epoch=1, iter=2)
-    content = dict(meta=meta, state_dict={}, optimizer={}, message_hub={})
-    torch.save(content, path)
-    os.utime(path, (1000, 1000))
-    (tmp_path / 'last_checkpoint').write_text(str(path))
-    return str(path)
-
-
 @pytest.mark.parametrize(
-    ('attempt', 'launched', 'resume', 'found'),
+    ('attempt', 'launch', 'resume', 'found'),
     [
-        (0, 900, 'auto', False),
-        (1, 900, None, True),
-        (1, 1100, None, False),
-        (1, 1100, 'auto', True),
-        (1, 900, 'other.pth', True),
-        (1, 1100, 'other.pth', False),
+        (0, 'this', 'auto', False),
+        (1, 'this', None, True),
+        (1, 'other', None, False),
+        (1, 'other', 'auto', True),
+        (1, 'this', 'other.pth', True),
+        (1, 'other', 'other.pth', False),
         (1, None, None, False),
     ],
 )
 def test_restart_goes_on_from_what_this_launch_saved(
-    saved, tmp_path, monkeypatch, attempt, launched, resume, found
+    tmp_path, monkeypatch, attempt, launch, resume, found
 ):
+    saved = tmp_path / 'epoch_1.pth'
+    meta = dict(epoch=1, iter=2, launch='this')
+    torch.save(dict(meta=meta, state_dict={}, optimizer={}, message_hub={}), saved)
+    # The clock has gone back, or that of the file server differs.
+    os.utime(saved, (1000, 1000))
+    (tmp_path / 'last_checkpoint').write_text(str(saved))
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
     monkeypatch.setenv('CONVMLP_MM_ATTEMPT', str(attempt))
-    monkeypatch.delenv('CONVMLP_MM_LAUNCH_TIME', raising=False)
-    if launched is not None:
-        monkeypatch.setenv('CONVMLP_MM_LAUNCH_TIME', str(launched))
+    monkeypatch.delenv('CONVMLP_MM_LAUNCH_ID', raising=False)
+    if launch is not None:
+        monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch)
     path = cli.checkpoint_of_restart(str(tmp_path), resume)
-    assert path == (saved if found else None)
+    assert path == (str(saved) if found else None)
 
 
 SLURM = dict(SLURM_PROCID='3', SLURM_NTASKS='4', SLURM_LOCALID='1')

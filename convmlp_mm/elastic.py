@@ -59,8 +59,8 @@ class Agent(LocalElasticAgent):
 
     The processes find in ``CONVMLP_MM_ATTEMPT`` how often they have been started
     before. ``TORCHELASTIC_RESTART_COUNT`` does not count what another machine caused.
-    ``CONVMLP_MM_LAUNCH_ID`` is the same in all attempts and on all machines, and of each
-    launch another. ``CONVMLP_MM_LAUNCHER`` is the process that started them, and
+    ``CONVMLP_MM_LAUNCH_ID`` is the same in all attempts and on all machines, but not
+    in two launches. ``CONVMLP_MM_LAUNCHER`` is the process that started them, and
     ``CONVMLP_MM_STORE``, on one machine, a file in which they can meet.
     """
 

@@ -1,11 +1,14 @@
 """Runs of several processes, as the launchers start, restart and end them."""
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,11 +47,63 @@ def kill(tmp_path, **changes):
     return dict(type='SignalOnce', marker=marker, name='SIGKILL', **changes)
 
 
+@contextlib.contextmanager
+def training(tmp_path, hooks=(), **changes):
+    """Two processes of a long training that has begun, and what they write."""
+    hooks = [kill(tmp_path, iteration=-1, every=0.2), *hooks]
+    config = write_config(tmp_path / 'toy.py', hooks, 100, world_size=2, **changes)
+    command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', tmp_path / 'work']
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        run = subprocess.Popen(
+            ['bash', *map(str, command)],
+            cwd=tmp_path,
+            env=environment(TMPDIR=tmp_path),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        for _ in range(400):
+            if re.search(r'Epoch\(train\) *\[1\]', log.read_text()):
+                break
+            assert run.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.2)
+        yield run, log
+    finally:
+        run.kill()
+
+
+def family(pid):
+    """A process and those that it has started."""
+    pids = [pid]
+    for each in pids:
+        pids += map(int, Path(f'/proc/{each}/task/{each}/children').read_text().split())
+    return pids
+
+
+def listening(pids):
+    """The sockets at which processes listen, as the kernel writes address and port."""
+    opened = {
+        os.readlink(path) for pid in pids for path in Path(f'/proc/{pid}/fd').iterdir()
+    }
+    for table in ('tcp', 'tcp6'):
+        for line in Path(f'/proc/net/{table}').read_text().splitlines()[1:]:
+            _, socket_, _, state, *_ = fields = line.split()
+            if state == '0A' and f'socket:[{fields[9]}]' in opened:
+                address, port = socket_.split(':')
+                yield address, int(port, 16)
+
+
 @pytest.mark.slow
 def test_killed_process_is_started_again_and_goes_on(tmp_path):
     hooks = [kill(tmp_path, iteration=LENGTH + 2, rank=1)]
     config = write_config(tmp_path / 'toy.py', hooks, world_size=2)
-    done = bash(TOOLS / 'dist_train.sh', config, 2, '--work-dir', 'work', cwd=tmp_path)
+    with config.open('a') as file:
+        file.write('val_dataloader, val_evaluator = train_dataloader, test_evaluator\n')
+        file.write('val_cfg = dict()\n')
+    command = TOOLS / 'dist_train.sh', config, 2, '--work-dir', tmp_path / 'work'
+    # Nobody can write to this folder.
+    done = bash(*command, cwd='/proc')
     assert done.returncode == 0, done.stderr[-2000:]
     # The other process may have been seen to fail first.
     assert (tmp_path / 'marker').exists()
@@ -59,32 +114,39 @@ def test_killed_process_is_started_again_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_the_launcher_saves_and_goes_through(tmp_path):
-    hooks = [kill(tmp_path, iteration=-1, every=0.2)]
-    config = write_config(tmp_path / 'toy.py', hooks, epochs=100, world_size=2)
-    command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', 'work']
-    log = tmp_path / 'log'
-    with log.open('w') as file:
-        run = subprocess.Popen(
-            ['bash', *map(str, command)],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=file,
-            stderr=file,
-        )
-    try:
-        for _ in range(400):
-            if re.search(r'Epoch\(train\) *\[1\]', log.read_text()):
-                break
-            assert run.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.2)
+    with training(tmp_path) as (run, log):
+        # Meanwhile, no other machine reaches the processes.
+        sockets = list(listening(family(run.pid)))
+        with contextlib.suppress(OSError):
+            outside = elastic.own_address('192.0.2.1', 9)
+            for _, port in sockets:
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection((outside, port), timeout=5)
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=200) == PREEMPTED
-    finally:
-        run.kill()
+    assert {address for address, _ in sockets} == {'0100007F'}
     text = log.read_text()
     saved = Path((tmp_path / 'work' / 'last_checkpoint').read_text())
     assert saved.is_file() and text.count('Stopped by a signal') == 1
     assert text.count('Checkpoints will be saved to') == 1
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_that_is_killed_save_before_another_run(tmp_path):
+    with training(tmp_path) as (run, log):
+        ranks = [pid for pid in family(run.pid) if pid != run.pid]
+        holder = (tmp_path / 'work' / '.lock').read_text()
+        os.kill(run.pid, signal.SIGKILL)
+        # Started again at once, as the docs say; its first process waits for the lock.
+        command = [sys.executable, TOOLS / 'train.py', tmp_path / 'toy.py', '--resume']
+        command += ['--work-dir', tmp_path / 'work']
+        command += ['--cfg-options', 'train_cfg.max_epochs=1']
+        env = environment()
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert f'process {ranks[0]} of {socket.gethostname()} since ' in holder
+    assert not any(Path(f'/proc/{pid}').exists() for pid in ranks)
+    assert log.read_text().count('Stopped by a signal') == 1
+    assert 'resumed epoch: ' in done.stdout + done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -371,7 +371,7 @@ RUNS = [
          ['steps of another size (batch size 2 before and 1 now)', '--auto-scale-lr'],
          'train_dataloader.batch_size=1', arguments=resume, spoil=train_before()),
     case('only damaged checkpoints', DET,
-         ["/work' can be resumed from (", "epoch_2.pth'", 'and 1 more', 'move them'],
+         ["/work' can be resumed from", "epoch_2.pth' and 1 more", 'move them'],
          arguments=resume, spoil=damage),
     case('work dir of a run that goes on', DET,
          ["/work' is in use by process 7 of there", 'choose another --work-dir'],

@@ -310,3 +310,25 @@ def test_group_of_processes_is_closed_unless_the_run_failed(tmp_path, end):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ('name', 'variables', 'expected'),
+    [
+        ('train.py', {}, '10000'),
+        ('test.py', dict(GOMP_SPINCOUNT='7'), '7'),
+        ('test.py', dict(OMP_WAIT_POLICY='PASSIVE'), '0'),
+    ],
+)
+def test_threads_that_wait_leave_their_core_soon(name, variables, expected):
+    ours = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'
+    env = {k: v for k, v in os.environ.items() if k not in ours}
+    tool = Path(__file__).parents[1] / 'tools' / name
+    done = subprocess.run(
+        [sys.executable, tool, '--help'],
+        # libgomp says what it has read.
+        env={**env, 'OMP_DISPLAY_ENV': 'VERBOSE', **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr

@@ -134,7 +134,7 @@ def find_latest_checkpoint(
         # Of damaged bytes, unpickling makes any exception there is.
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]
-            failed.append(f'{path!r}: {lines[0]}')
+            failed.append(repr(path))
             print_log(
                 f'checkpoint {path!r} cannot be resumed from: {lines[0]}',
                 logger='current',
@@ -163,7 +163,8 @@ def find_latest_checkpoint(
     if failed:
         more = f' and {len(failed) - 1} more' if failed[1:] else ''
         raise ValueError(
-            f'no checkpoint in {work_dir!r} can be resumed from ({failed[0]}{more}): '
-            'move them away to start from the beginning, which would write over them'
+            f'no checkpoint in {work_dir!r} can be resumed from, not even {failed[0]}'
+            f'{more}, as said above; move them away to start from the beginning, which '
+            'would write over them'
         )
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import os.path as osp
 import shlex
@@ -15,7 +14,6 @@ import time
 from collections.abc import Iterator
 
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 __all__ = ['LaunchHook', 'work_dir_lock']
@@ -95,11 +93,10 @@ def _acquire(path: str) -> int:
             pass
         except OSError as error:
             if error.errno in UNSUPPORTED:
-                print_log(
-                    f'{path} cannot be locked ({error.strerror}): nothing keeps a '
-                    'second run out of this work dir',
-                    'current',
-                    logging.WARNING,
+                print(
+                    f'warning: {path!r} cannot be locked ({error.strerror}): nothing '
+                    'keeps a second run out of this work dir',
+                    file=sys.stderr,
                 )
                 return file
             holder = ' '.join(os.pread(file, 4096, 0).decode(errors='replace').split())

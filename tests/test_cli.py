@@ -240,6 +240,21 @@ def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monke
     assert type(runner).__name__ == 'Runner'
 
 
+def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypatch):
+    init = Mock()
+    monkeypatch.setattr('convmlp_mm.cli.runner.init_dist', init)
+    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', Mock())
+    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cuda')
+    for name, value in dict(CONVMLP_MM_STORE='/x/0', RANK='1', WORLD_SIZE='2').items():
+        monkeypatch.setenv(name, value)
+    env_cfg = dict(dist_cfg=dict(backend='nccl', timeout=9))
+    build_runner(
+        tiny_cfg(tmp_path, launcher='pytorch', runner_type='Runner', env_cfg=env_cfg)
+    )
+    options = dict(init_method='file:///x/0', rank=1, world_size=2)
+    init.assert_called_once_with('pytorch', backend='nccl', timeout=9, **options)
+
+
 def test_strategy_with_moving_average_is_refused(config_file):
     options = {
         'strategy.type': 'FullStateFSDPStrategy',

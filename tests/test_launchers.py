@@ -216,6 +216,7 @@ def test_two_machines_survive_a_kill_on_the_second(tmp_path):
     done = bash(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'exitcode: -9' in done.stderr
+    assert done.stderr.count('warning: RDZV_ID is not set') == 2
     log = done.stdout + done.stderr
     assert f'resumed epoch: 1, iter: {LENGTH}' in log
     assert (tmp_path / 'work' / 'epoch_2.pth').is_file()

@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> Config:
-    """Merge the options of training into the configuration and check it."""
+    """Merge the options of training into the configuration and check them."""
     cfg = load_config(args)
     if args.amp:
         dtype = cfg.optim_wrapper.get('dtype')
@@ -85,7 +85,6 @@ def prepare(args: argparse.Namespace) -> Config:
                 'configuration, which has none'
             )
         cfg.auto_scale_lr.enable = True
-    check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
     return cfg
 
 
@@ -111,10 +110,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with one_line_errors():
             cfg = prepare(args)
-            # A check makes no folder.
-            if not args.check or osp.isdir(cfg.work_dir):
+            if osp.isdir(cfg.work_dir):
                 stack.enter_context(lock_of_training(cfg))
             choose_start(cfg, args.resume)
+            check_data(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+            # Neither a mistake nor a check makes a folder.
+            if not args.check:
+                stack.enter_context(lock_of_training(cfg))
         if args.check:
             return
         stack.enter_context(final_mistakes())

@@ -112,7 +112,8 @@ def build_runner(cfg: Config) -> Runner:
         if cfg.launcher in ('pytorch', 'slurm'):
             _prepare_gloo(cfg)
     elif cfg.launcher == 'pytorch' and _meeting_place():
-        init_dist('pytorch', **cfg.env_cfg.get('dist_cfg', {}), **_meeting_place())
+        options = (cfg.get('env_cfg') or {}).get('dist_cfg') or {}
+        init_dist('pytorch', **options, **_meeting_place())
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(LaunchHook())
     check_optimizer(cfg)

@@ -47,7 +47,7 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
 
     Raises:
         BlockingIOError: If another run has it and keeps it; the message says which.
-        OSError: If the folder cannot be written.
+        PermissionError: If the folder cannot be written.
     """
     path = osp.join(osp.realpath(folder), LOCK)
     if path in _held:
@@ -79,7 +79,13 @@ def _acquire(path: str) -> int:
     deadline = time.monotonic() + (PATIENCE_OF_RESTART if restarted else PATIENCE)
     waiting = False
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise PermissionError(
+                f'work_dir {osp.dirname(path)!r} cannot be written: {error.strerror}: '
+                f'{path!r}'
+            ) from error
         try:
             # With flock(), children that are forked would share the lock: a worker of a
             # data loader or of a metric that outlives a killed run would keep it. This

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 
-__all__ = ['MISTAKE', 'PREEMPTED', 'keep_memory']
+__all__ = ['MISTAKE', 'PREEMPTED', 'end_with_launcher', 'keep_memory']
 
 # Exit codes after which starting again in the same way is of no use: what the user
 # has to mend, as argparse has it; and saved and stopped, for another allocation.
 # tools/slurm_run.sh knows the second.
 MISTAKE, PREEMPTED = 2, 85
 
+# The parameter of prctl(2) for the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 # Parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 # Grow in steps that a batch does not use up at once, in bytes.
@@ -46,3 +49,20 @@ def keep_memory() -> bool:
     # Never trim, and no mapping of its own for any tensor.
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: TOP_PAD}
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def end_with_launcher() -> None:
+    """Have this process told to end (SIGTERM) when its launcher is killed.
+
+    Of the processes that ``convmlp_mm.elastic`` starts, a training then saves and
+    stops, where it has PreemptionHook, and anything else ends at once. Other launchers
+    and systems than Linux see to that themselves, or do not.
+    """
+    # What this process starts has other parents.
+    launcher = os.environ.pop('CONVMLP_MM_LAUNCHER', None)
+    if launcher is None or not sys.platform.startswith('linux'):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    # It may have been killed before that.
+    if os.getppid() != int(launcher):
+        sys.exit(PREEMPTED)

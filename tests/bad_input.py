@@ -1,10 +1,13 @@
 """What users get wrong: the table of test_bad_input.py."""
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -355,6 +358,30 @@ def other_names(paths):
     other_images(paths, lambda image: image.update(file_name='x' + image['file_name']))
 
 
+@contextlib.contextmanager
+def another_run():
+    """Another process trains in the work dir."""
+    code = (
+        'import fcntl; file = open("work/.lock", "a"); fcntl.lockf(file, fcntl.LOCK_EX)'
+        '\nprint(flush=True); input()'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('convmlp_mm.engine.work_dir.PATIENCE', 0)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with subprocess.Popen([sys.executable, '-c', code], **pipes) as process:
+            process.stdout.readline()
+            yield
+            process.communicate(b'\n')
+
+
+def damage(paths):
+    """Leave a run all of whose checkpoints are cut short."""
+    paths.work.mkdir()
+    for name in ('epoch_1.pth', 'epoch_2.pth'):
+        (paths.work / name).write_bytes(b'PK')
+    (paths.work / 'last_checkpoint').write_text(str(paths.work / 'epoch_2.pth'))
+
+
 RUNS = [
     case('full disk', DET,
          ['cannot save', "epoch_1.pth: File too large; there is none yet"],
@@ -397,6 +424,14 @@ RUNS = [
          'val_evaluator.ann_file=data/other.json', arguments=check, spoil=other_ids),
     case('metric of images with the same ids', DET, ["have image 1, '1.jpg', of"],
          'test_evaluator.ann_file=data/other.json', tool=TEST, spoil=other_names),
+    case('only damaged checkpoints', DET,
+         ["/work' can be resumed from", "epoch_2.pth' and 1 more", 'move them'],
+         arguments=resume, spoil=damage),
+    case('work dir of a run that goes on', DET,
+         ["/work' is in use by process 7 of there", 'choose another --work-dir'],
+         during=another_run,
+         spoil=lambda paths: (paths.work.mkdir(), (paths.work / '.lock').write_text(
+             'process 7 of there since noon: train.py'))),
 ]
 CASES = [*CONFIGURATIONS, *FILES, *ANNOTATIONS, *IMAGES, *CHECKPOINTS, *RUNS]
 # fmt: on

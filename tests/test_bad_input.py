@@ -184,6 +184,10 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
             ['convmlp_mm.elastic', '--rdzv_endpoint', f'127.0.0.1:{BUSY}', 'train.py'],
             [f'error: port {BUSY} of this machine cannot be used', 'set PORT'],
         ),
+        (
+            ['convmlp_mm.elastic', '--rdzv_endpoint', '127.0.0.1:70000', 'train.py'],
+            ['error: ', '70000'],
+        ),
     ],
     ids=lambda value: '-'.join(value[:1] + value[-1:]) if len(value) > 2 else '',
 )

@@ -538,15 +538,50 @@ def test_newest_checkpoint_that_opens_is_taken(tmp_path, capfd, by_epoch):
     assert resumed == [4]
 
 
-def test_folder_without_a_whole_checkpoint_has_none(tmp_path):
+def test_folder_without_a_checkpoint_has_none(tmp_path):
+    (tmp_path / 'best_epoch_1.pth').write_bytes(b'')
     assert find_latest_checkpoint(tmp_path) is None
     assert find_latest_checkpoint(tmp_path / 'no') is None
+
+
+@pytest.mark.parametrize('note', [None, b'\xff'])
+def test_folder_without_a_whole_checkpoint_is_not_started_anew(tmp_path, note):
     train(tmp_path, 1, save_optimizer=False)
-    (tmp_path / 'other.pth').write_bytes(b'')
-    (tmp_path / 'folder.pth').mkdir()
-    assert find_latest_checkpoint(tmp_path) is None
-    (tmp_path / 'last_checkpoint').write_bytes(b'\xff')
-    assert find_latest_checkpoint(tmp_path) is None
+    # As DeepSpeed saves.
+    (tmp_path / 'other.pth').mkdir()
+    if note:
+        (tmp_path / 'last_checkpoint').write_bytes(note)
+    with pytest.raises(ValueError, match='epoch_1.pth.* and 1 more.* write over them'):
+        find_latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'note', ['..', '/', '.', 'folder', 'a\0b', 'x' * 10_000, 'no.pth', '']
+)
+def test_note_that_names_no_file_is_passed_over(tmp_path, note):
+    (tmp_path / 'folder').mkdir()
+    save_minimal(tmp_path / 'epoch_1.pth', iter=1)
+    (tmp_path / 'last_checkpoint').write_text(note)
+    assert find_latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
+
+
+def save_minimal(path, info=None, **meta):
+    """Write what a Runner needs to go on."""
+    content = dict(meta=dict(epoch=1, **meta), state_dict={}, optimizer={})
+    torch.save(dict(content, message_hub=dict(runtime_info=info or {})), path)
+
+
+def test_order_is_that_of_the_contents_and_not_of_clocks(tmp_path):
+    for age, (name, step) in enumerate(
+        [('epoch_12', 24), ('iter_22', 22), ('epoch_9', 18), ('epoch_2', 4)]
+    ):
+        path = tmp_path / f'{name}.pth'
+        save_minimal(path, iter=step)
+        os.utime(path, (1000 + age, 1000 + age))
+    for name in ('epoch_12', 'iter_22', 'epoch_9'):
+        path = tmp_path / f'{name}.pth'
+        assert find_latest_checkpoint(tmp_path) == str(path)
+        path.unlink()
 
 
 def test_run_that_was_moved_is_found_where_it_is(tmp_path):
@@ -558,12 +593,17 @@ def test_run_that_was_moved_is_found_where_it_is(tmp_path):
     assert find_latest_checkpoint(tmp_path / 'b') == moved
 
 
-def test_files_from_before_a_time_are_passed_over(tmp_path):
-    train(tmp_path, 2)
-    newest = tmp_path / 'epoch_2.pth'
-    now = newest.stat().st_mtime
-    assert find_latest_checkpoint(tmp_path, since=now) == str(newest)
-    assert find_latest_checkpoint(tmp_path, since=now + 1) is None
+def test_files_of_other_launches_are_passed_over(tmp_path):
+    old, new = tmp_path / 'epoch_3.pth', tmp_path / 'epoch_1.pth'
+    save_minimal(old, iter=6, launch='old')
+    (tmp_path / 'last_checkpoint').write_text(str(old))
+    assert find_latest_checkpoint(tmp_path, launch='new') is None
+    save_minimal(new, iter=2, launch='new')
+    (tmp_path / 'last_checkpoint').write_text(str(new))
+    assert find_latest_checkpoint(tmp_path, launch='new') == str(new)
+    (tmp_path / 'last_checkpoint').unlink()
+    assert find_latest_checkpoint(tmp_path, launch='new') == str(new)
+    assert find_latest_checkpoint(tmp_path) == str(old)
 
 
 def run_from_file(folder, work_dir, start, **changes):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -234,7 +235,8 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
 
 def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', built.append)
+    build = lambda cfg: built.append(cfg) or Mock()  # noqa: E731
+    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', build)
     monkeypatch.setattr('convmlp_mm.cli.runner._prepare_gloo', lambda cfg: None)
     strategy = dict(type='FullStateFSDPStrategy')
     build_runner(tiny_cfg(tmp_path, strategy=strategy, launcher='pytorch'))
@@ -245,6 +247,21 @@ def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monke
         tiny_cfg(tmp_path, strategy=strategy, runner_type='FlexibleRunner')
     )
     assert type(runner).__name__ == 'Runner'
+
+
+def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypatch):
+    init = Mock()
+    monkeypatch.setattr('convmlp_mm.cli.runner.init_dist', init)
+    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', Mock())
+    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cuda')
+    for name, value in dict(CONVMLP_MM_STORE='/x/0', RANK='1', WORLD_SIZE='2').items():
+        monkeypatch.setenv(name, value)
+    env_cfg = dict(dist_cfg=dict(backend='nccl', timeout=9))
+    build_runner(
+        tiny_cfg(tmp_path, launcher='pytorch', runner_type='Runner', env_cfg=env_cfg)
+    )
+    options = dict(init_method='file:///x/0', rank=1, world_size=2)
+    init.assert_called_once_with('pytorch', backend='nccl', timeout=9, **options)
 
 
 def test_strategy_with_moving_average_is_refused(config_file):
@@ -448,3 +465,25 @@ def test_errors_of_others_keep_their_trace():
     for broken in (lambda: check_annotations({'images': 1}, []), lambda: int('x')):
         with pytest.raises((TypeError, ValueError)), final_mistakes():
             broken()
+
+
+@pytest.mark.parametrize(
+    ('name', 'variables', 'expected'),
+    [
+        ('train.py', {}, '10000'),
+        ('test.py', dict(GOMP_SPINCOUNT='7'), '7'),
+        ('test.py', dict(OMP_WAIT_POLICY='PASSIVE'), '0'),
+    ],
+)
+def test_threads_that_wait_leave_their_core_soon(name, variables, expected):
+    ours = 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'
+    env = {k: v for k, v in os.environ.items() if k not in ours}
+    tool = Path(__file__).parents[1] / 'tools' / name
+    done = subprocess.run(
+        [sys.executable, tool, '--help'],
+        # libgomp says what it has read.
+        env={**env, 'OMP_DISPLAY_ENV': 'VERBOSE', **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr

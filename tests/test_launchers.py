@@ -1,11 +1,14 @@
 """Runs of several processes, as the launchers start, restart and end them."""
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,11 +47,63 @@ def kill(tmp_path, **changes):
     return dict(type='SignalOnce', marker=marker, name='SIGKILL', **changes)
 
 
+@contextlib.contextmanager
+def training(tmp_path, hooks=(), **changes):
+    """Two processes of a long training that has begun, and what they write."""
+    hooks = [kill(tmp_path, iteration=-1, every=0.2), *hooks]
+    config = write_config(tmp_path / 'toy.py', hooks, 100, world_size=2, **changes)
+    command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', tmp_path / 'work']
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        run = subprocess.Popen(
+            ['bash', *map(str, command)],
+            cwd=tmp_path,
+            env=environment(TMPDIR=tmp_path),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        for _ in range(400):
+            if re.search(r'Epoch\(train\) *\[1\]', log.read_text()):
+                break
+            assert run.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.2)
+        yield run, log
+    finally:
+        run.kill()
+
+
+def family(pid):
+    """A process and those that it has started."""
+    pids = [pid]
+    for each in pids:
+        pids += map(int, Path(f'/proc/{each}/task/{each}/children').read_text().split())
+    return pids
+
+
+def listening(pids):
+    """The sockets at which processes listen, as the kernel writes address and port."""
+    opened = {
+        os.readlink(path) for pid in pids for path in Path(f'/proc/{pid}/fd').iterdir()
+    }
+    for table in ('tcp', 'tcp6'):
+        for line in Path(f'/proc/net/{table}').read_text().splitlines()[1:]:
+            _, socket_, _, state, *_ = fields = line.split()
+            if state == '0A' and f'socket:[{fields[9]}]' in opened:
+                address, port = socket_.split(':')
+                yield address, int(port, 16)
+
+
 @pytest.mark.slow
 def test_killed_process_is_started_again_and_goes_on(tmp_path):
     hooks = [kill(tmp_path, iteration=LENGTH + 2, rank=1)]
     config = write_config(tmp_path / 'toy.py', hooks, world_size=2)
-    done = bash(TOOLS / 'dist_train.sh', config, 2, '--work-dir', 'work', cwd=tmp_path)
+    with config.open('a') as file:
+        file.write('val_dataloader, val_evaluator = train_dataloader, test_evaluator\n')
+        file.write('val_cfg = dict()\n')
+    command = TOOLS / 'dist_train.sh', config, 2, '--work-dir', tmp_path / 'work'
+    # Nobody can write to this folder.
+    done = bash(*command, cwd='/proc')
     assert done.returncode == 0, done.stderr[-2000:]
     # The other process may have been seen to fail first.
     assert (tmp_path / 'marker').exists()
@@ -59,32 +114,39 @@ def test_killed_process_is_started_again_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_the_launcher_saves_and_goes_through(tmp_path):
-    hooks = [kill(tmp_path, iteration=-1, every=0.2)]
-    config = write_config(tmp_path / 'toy.py', hooks, epochs=100, world_size=2)
-    command = [TOOLS / 'dist_train.sh', config, '2', '--work-dir', 'work']
-    log = tmp_path / 'log'
-    with log.open('w') as file:
-        run = subprocess.Popen(
-            ['bash', *map(str, command)],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=file,
-            stderr=file,
-        )
-    try:
-        for _ in range(400):
-            if re.search(r'Epoch\(train\) *\[1\]', log.read_text()):
-                break
-            assert run.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.2)
+    with training(tmp_path) as (run, log):
+        # Meanwhile, no other machine reaches the processes.
+        sockets = list(listening(family(run.pid)))
+        with contextlib.suppress(OSError):
+            outside = elastic.own_address('192.0.2.1', 9)
+            for _, port in sockets:
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection((outside, port), timeout=5)
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=200) == PREEMPTED
-    finally:
-        run.kill()
+    assert {address for address, _ in sockets} == {'0100007F'}
     text = log.read_text()
     saved = Path((tmp_path / 'work' / 'last_checkpoint').read_text())
     assert saved.is_file() and text.count('Stopped by a signal') == 1
     assert text.count('Checkpoints will be saved to') == 1
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_that_is_killed_save_before_another_run(tmp_path):
+    with training(tmp_path) as (run, log):
+        ranks = [pid for pid in family(run.pid) if pid != run.pid]
+        holder = (tmp_path / 'work' / '.lock').read_text()
+        os.kill(run.pid, signal.SIGKILL)
+        # Started again at once, as the docs say; its first process waits for the lock.
+        command = [sys.executable, TOOLS / 'train.py', tmp_path / 'toy.py', '--resume']
+        command += ['--work-dir', tmp_path / 'work']
+        command += ['--cfg-options', 'train_cfg.max_epochs=1']
+        env = environment()
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert f'process {ranks[0]} of {socket.gethostname()} since ' in holder
+    assert not any(Path(f'/proc/{pid}').exists() for pid in ranks)
+    assert log.read_text().count('Stopped by a signal') == 1
+    assert 'resumed epoch: ' in done.stdout + done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -154,6 +216,7 @@ def test_two_machines_survive_a_kill_on_the_second(tmp_path):
     done = bash(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'exitcode: -9' in done.stderr
+    assert done.stderr.count('warning: RDZV_ID is not set') == 2
     log = done.stdout + done.stderr
     assert f'resumed epoch: 1, iter: {LENGTH}' in log
     assert (tmp_path / 'work' / 'epoch_2.pth').is_file()
@@ -163,6 +226,8 @@ def test_two_machines_survive_a_kill_on_the_second(tmp_path):
     ('variables', 'fragment'),
     [
         (dict(PORT='http'), "PORT must be a number, but is 'http'"),
+        (dict(PORT='70000'), 'PORT must be from 1 to 65535, but is 70000'),
+        (dict(NNODES='08', NODE_RANK='09', MASTER_ADDR='a'), 'is 8, but is 9'),
         (dict(MAX_RESTARTS='-1'), "MAX_RESTARTS must be a number, but is '-1'"),
         (dict(NNODES=2, NODE_RANK=2, MASTER_ADDR='a'), 'NODE_RANK must be below'),
         (dict(NNODES=2), 'MASTER_ADDR must be an address'),
@@ -184,6 +249,9 @@ def test_slurm_launchers_say_how_they_are_used(tmp_path, tool, least):
     done = bash(TOOLS / tool, *['x'] * least, cwd=tmp_path, GPUS='many')
     assert done.returncode == 2
     assert "GPUS must be 1 or more, but is 'many'" in done.stderr
+    done = bash(TOOLS / tool, *['x'] * least, cwd=tmp_path, PORT='70000')
+    assert done.returncode == 2
+    assert "PORT must be from 1 to 65535, but is '70000'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -208,9 +276,36 @@ def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
     assert done.stdout.endswith(f'train.py c.py {expected}\n')
 
 
+def test_slurm_job_gets_the_arguments_as_they_were_given(tmp_path):
+    for name, line in (
+        # SLURM runs what sbatch wraps as a script of /bin/sh.
+        ('sbatch', 'for last; do :; done; SLURM_JOB_ID=7 exec sh -c "$last"'),
+        ('python', 'true'),
+        ('srun', 'printf "%s|" "$@"'),
+    ):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{line}\n')
+        (tmp_path / name).chmod(0o755)
+    config, *rest = "m ä'x.py", 'a\n\'; touch PWNED; # "', '$(touch PWNED)', '\\n*'
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', BATCH=1, LC_ALL='C')
+    done = bash(TOOLS / 'slurm_train.sh', 'p', 'j', config, *rest, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    got = [config, '--work-dir', *rest, '--launcher', 'slurm', '']
+    assert done.stdout.split('|')[-len(got) :] == got
+    assert not (tmp_path / 'PWNED').exists()
+
+
+def test_launchers_find_their_folder_where_cd_says_where_it_goes(tmp_path):
+    (tmp_path / 'tools').symlink_to(TOOLS)
+    (tmp_path / 'python').write_text('#!/bin/sh\necho "$1"\n')
+    (tmp_path / 'python').chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', CDPATH='.')
+    done = bash('tools/dist_train.sh', 'x.py', 1, cwd=tmp_path, **env)
+    assert done.stdout.splitlines()[0] == str(tmp_path / 'tools' / 'train.py')
+
+
 def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):
     for name, line in (
-        ('srun', 'echo "$CONVMLP_MM_ATTEMPT" "$CONVMLP_MM_LAUNCH_TIME" "$@"'),
+        ('srun', 'echo "$CONVMLP_MM_ATTEMPT" "$CONVMLP_MM_LAUNCH_ID" "$@"'),
         ('python', 'true'),
     ):
         (tmp_path / name).write_text(f'#!/bin/sh\n{line}\n')
@@ -219,8 +314,7 @@ def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):
     command = TOOLS / 'slurm_train.sh', 'p', 'j', 'c.py', 'work', '--resume', 'x.pth'
     done = bash(*command, cwd=tmp_path, SLURM_RESTART_COUNT=2, **env)
     assert done.returncode == 0, done.stderr
-    # As of a launch before everything that is in the work dir.
-    assert done.stdout.startswith('2 0 ')
+    assert done.stdout.startswith('2 slurm_7 ')
     assert done.stdout.count('--resume') == 1
 
 
@@ -242,40 +336,34 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
     assert 'resumed' not in log and f'Load checkpoint from {first}' in log
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A work dir whose newest checkpoint was written at second 1000."""
-    path = tmp_path / 'epoch_1.pth'
-    meta = dict(epoch=1, iter=2)
-    content = dict(meta=meta, state_dict={}, optimizer={}, message_hub={})
-    torch.save(content, path)
-    os.utime(path, (1000, 1000))
-    (tmp_path / 'last_checkpoint').write_text(str(path))
-    return str(path)
-
-
 @pytest.mark.parametrize(
-    ('attempt', 'launched', 'resume', 'found'),
+    ('attempt', 'launch', 'resume', 'found'),
     [
-        (0, 900, 'auto', False),
-        (1, 900, None, True),
-        (1, 1100, None, False),
-        (1, 1100, 'auto', True),
-        (1, 900, 'other.pth', True),
-        (1, 1100, 'other.pth', False),
+        (0, 'this', 'auto', False),
+        (1, 'this', None, True),
+        (1, 'other', None, False),
+        (1, 'other', 'auto', True),
+        (1, 'this', 'other.pth', True),
+        (1, 'other', 'other.pth', False),
         (1, None, None, False),
     ],
 )
 def test_restart_goes_on_from_what_this_launch_saved(
-    saved, tmp_path, monkeypatch, attempt, launched, resume, found
+    tmp_path, monkeypatch, attempt, launch, resume, found
 ):
+    saved = tmp_path / 'epoch_1.pth'
+    meta = dict(epoch=1, iter=2, launch='this')
+    torch.save(dict(meta=meta, state_dict={}, optimizer={}, message_hub={}), saved)
+    # The clock has gone back, or that of the file server differs.
+    os.utime(saved, (1000, 1000))
+    (tmp_path / 'last_checkpoint').write_text(str(saved))
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
     monkeypatch.setenv('CONVMLP_MM_ATTEMPT', str(attempt))
-    monkeypatch.delenv('CONVMLP_MM_LAUNCH_TIME', raising=False)
-    if launched is not None:
-        monkeypatch.setenv('CONVMLP_MM_LAUNCH_TIME', str(launched))
+    monkeypatch.delenv('CONVMLP_MM_LAUNCH_ID', raising=False)
+    if launch is not None:
+        monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch)
     path = cli.checkpoint_of_restart(str(tmp_path), resume)
-    assert path == (saved if found else None)
+    assert path == (str(saved) if found else None)
 
 
 SLURM = dict(SLURM_PROCID='3', SLURM_NTASKS='4', SLURM_LOCALID='1')

@@ -1,9 +1,12 @@
 """A run that a signal stops saves, exits with the agreed code and can go on."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from toy import LENGTH, write_config
+from torch.utils.data import DataLoader
+from toy import LENGTH, Numbers, write_config
 
 from convmlp_mm import PreemptionHook
 from convmlp_mm.launch import PREEMPTED
@@ -184,6 +188,60 @@ def test_interval_puts_the_stop_off(tmp_path):
     with pytest.raises(SystemExit):
         Runner.from_cfg(cfg).train()
     assert last(tmp_path) == 'iter_3.pth'
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """A hook that has taken over the signals, as in a training."""
+    hook = PreemptionHook()
+    for number in hook.signals:
+        hook._previous[number] = signal.signal(number, hook._note)
+    yield hook
+    hook.after_train(None)
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+@pytest.mark.parametrize('pause', [0, 0.1])
+def test_processes_that_are_forked_end_by_a_signal(taken, name, pause):
+    # As those of mmdet's evaluation for Pascal VOC, whose pool ends them so.
+    fork, number = multiprocessing.get_context('fork'), signal.Signals[name]
+    children = []
+
+    def start():
+        for _ in range(10):
+            child = fork.Process(target=time.sleep, args=[20])
+            child.start()
+            time.sleep(pause)
+            os.kill(child.pid, number)
+            children.append(child)
+
+    # A pool replaces its processes in a thread.
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    for child in children:
+        child.join(5)
+    codes = {child.exitcode for child in children}
+    for child in children:
+        child.kill()
+    assert codes == {-number}
+    assert not taken._asked and signal.getsignal(number) == taken._note
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_worker_of_a_data_loader_obeys_its_parent_alone(taken):
+    loader = DataLoader(Numbers(4), num_workers=1, persistent_workers=True)
+    taken._protect(type('Loop', (), dict(dataloader=loader)))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    for number in taken.signals:
+        subprocess.run(['kill', f'-{int(number)}', str(worker.pid)], check=True)
+    # Another one, after the signals.
+    assert len(next(batches)) == 1 and worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.slow

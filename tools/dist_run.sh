@@ -2,6 +2,8 @@
 # The common part of dist_train.sh and dist_test.sh:
 #   tools/dist_run.sh SCRIPT N [arguments of the script]
 set -euo pipefail
+# With it, cd may go elsewhere, and says where.
+unset CDPATH
 tools=$(cd "$(dirname "$0")" && pwd)
 script=$1
 n=$2
@@ -17,10 +19,15 @@ fi
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} PORT=${PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 for name in NNODES NODE_RANK PORT MAX_RESTARTS; do
-    if ! [[ ${!name} =~ ^[0-9]+$ ]]; then
+    if ! [[ ${!name} =~ ^[0-9]{1,9}$ ]]; then
         fail "$name must be a number, but is '${!name}'"
     fi
+    # A number that begins with 0 is not octal.
+    printf -v "$name" %d "$((10#${!name}))"
 done
+if ((PORT < 1 || PORT > 65535)); then
+    fail "PORT must be from 1 to 65535, but is $PORT"
+fi
 if ((NODE_RANK >= NNODES)); then
     fail "NODE_RANK must be below NNODES, which is $NNODES, but is $NODE_RANK"
 fi
@@ -45,9 +52,20 @@ if ! command -v nvidia-smi > /dev/null; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
 
-# Processes that are started again go on from what was saved since.
-CONVMLP_MM_LAUNCH_TIME=$(date +%s)
-export CONVMLP_MM_LAUNCH_TIME
+rendezvous=(--rdzv_backend one_machine)
+if ((NNODES > 1)); then
+    if [ -z "${RDZV_ID:-}" ]; then
+        echo 'dist_run.sh: warning: RDZV_ID is not set: who reaches the port of' \
+            'MASTER_ADDR can disturb this launch; set it to the same secret on all' \
+            'machines' >&2
+    fi
+    rendezvous=(
+        --rdzv_backend c10d
+        --rdzv_endpoint "$MASTER_ADDR:$PORT"
+        --rdzv_id "${RDZV_ID:-convmlp_mm}"
+        --rdzv_conf "is_host=$((NODE_RANK == 0))"
+    )
+fi
 # What the first attempt has left in a store makes the second look for processes that
 # are gone: the static rendezvous has one store for all attempts, and so has the dynamic
 # one from torch 2.4 on without this variable.
@@ -55,10 +73,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec python -m convmlp_mm.elastic \
     --nnodes "$NNODES" \
     --node_rank "$NODE_RANK" \
-    --rdzv_backend c10d \
-    --rdzv_endpoint "${MASTER_ADDR:-127.0.0.1}:$PORT" \
-    --rdzv_id convmlp_mm \
-    --rdzv_conf "is_host=$((NODE_RANK == 0))" \
+    "${rendezvous[@]}" \
     --nproc_per_node "$n" \
     --max_restarts "$MAX_RESTARTS" \
     --monitor_interval 1 \

@@ -5,6 +5,7 @@
 # tools/train.py --cfg-options.
 # Python 3.10 to 3.12 and a C++ compiler are enough; a GPU is used if there is one.
 set -euo pipefail
+unset CDPATH
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$tools/..
 out=${1:-$root/work_dirs/quickstart}

@@ -5,6 +5,7 @@
 #
 # The choices of tools/setup_env.sh (STACK, VENV, ...) hold here too.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=$(bash tools/setup_env.sh tests analysis deploy)

@@ -30,6 +30,7 @@
 # ${XDG_CACHE_HOME:-~/.cache}/convmlp_mm/wheels. The ranges of all versions stand in
 # setup.py; the script reads them there.
 set -euo pipefail
+unset CDPATH
 
 say() { printf 'setup_env: %s\n' "$*" >&2; }
 fail() {

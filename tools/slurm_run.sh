@@ -2,6 +2,8 @@
 # The common part of slurm_train.sh and slurm_test.sh:
 #   tools/slurm_run.sh SCRIPT PARTITION JOB_NAME [arguments of the script]
 set -euo pipefail
+# With it, cd may go elsewhere, and says where.
+unset CDPATH
 tools=$(cd "$(dirname "$0")" && pwd)
 script=$1 partition=$2 name=$3
 shift 3
@@ -26,23 +28,33 @@ resources=(
 )
 export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
 if [ -n "${PORT:-}" ]; then
+    if ! [[ $PORT =~ ^[0-9]{1,5}$ ]] || ((10#$PORT < 1 || 10#$PORT > 65535)); then
+        echo "slurm_run.sh: error: PORT must be from 1 to 65535, but is '$PORT'" >&2
+        exit 2
+    fi
     export MASTER_PORT=$PORT
 fi
 
 if [ -n "${BATCH:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
     # The job runs this script again. Two minutes before the time limit, the processes
     # are asked to save; SRUN_ARGS may say otherwise.
-    printf -v command '%q ' bash "$tools/slurm_run.sh" "$script" "$partition" "$name" "$@"
+    # The quotes are those of /bin/sh, which runs the line: printf %q makes some that
+    # only bash knows.
+    command=
+    for word in bash "$tools/slurm_run.sh" "$script" "$partition" "$name" "$@"; do
+        command+="'${word//\'/\'\\\'\'}' "
+    done
     exec sbatch "${resources[@]}" --requeue --open-mode=append --signal=TERM@120 \
         "${srun_args[@]}" --wrap "$command"
 fi
 
 if [ -n "${BATCH:-}" ]; then
+    # Queued again, by whatever, it goes on from what it has saved, else from a --resume
+    # CHECKPOINT among the options.
+    export CONVMLP_MM_ATTEMPT=${SLURM_RESTART_COUNT:-0}
+    export CONVMLP_MM_LAUNCH_ID=slurm_$SLURM_JOB_ID
     # On the first machine, so that a mistake is said once.
     python "$tools/$script" "$@" "${py_args[@]}" --check
-    # Queued again, by whatever: go on from what is there, else from a --resume CHECKPOINT
-    # among the options.
-    export CONVMLP_MM_ATTEMPT=${SLURM_RESTART_COUNT:-0} CONVMLP_MM_LAUNCH_TIME=0
 fi
 
 # A process that saves must not be killed because another has ended; one that waits for a

@@ -2,7 +2,12 @@
 """Evaluate a checkpoint of any configuration of mmpretrain, mmdet or mmseg."""
 
 import argparse
+import os
 import os.path as osp
+
+# As in train.py.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
@@ -18,6 +23,7 @@ from convmlp_mm.cli import (
     one_line_errors,
 )
 from convmlp_mm.config_checks import give_visualizer
+from convmlp_mm.launch import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,6 +95,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def main() -> None:
+    end_with_launcher()
     args = parse_args()
     with one_line_errors():
         cfg = prepare(args)

@@ -2,7 +2,14 @@
 """Train any configuration of mmpretrain, mmdet or mmseg through its Runner."""
 
 import argparse
+import contextlib
+import os
 import os.path as osp
+
+# A thread that waits soon leaves its core to other processes. libgomp, which torch
+# brings, reads this once.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -16,10 +23,12 @@ from convmlp_mm.cli import (
     closing_group,
     final_mistakes,
     load_config,
+    lock_of_training,
     one_line_errors,
 )
 from convmlp_mm.engine import find_latest_checkpoint
 from convmlp_mm.engine.saving import checkpoint_hooks
+from convmlp_mm.launch import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +60,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> Config:
-    """Merge the options of training into the configuration and check it."""
+    """Merge the options of training into the configuration and check them."""
     cfg = load_config(args)
     if args.amp:
         dtype = cfg.optim_wrapper.get('dtype')
@@ -77,31 +86,44 @@ def prepare(args: argparse.Namespace) -> Config:
                 'configuration, which has none'
             )
         cfg.auto_scale_lr.enable = True
-    saved = checkpoint_of_restart(cfg.work_dir, args.resume)
+    return cfg
+
+
+def choose_start(cfg: Config, resume: str | None) -> None:
+    """Put into the configuration which checkpoint the training goes on from."""
+    saved = checkpoint_of_restart(cfg.work_dir, resume)
     if saved is not None:
         cfg.resume, cfg.load_from = True, saved
-    elif args.resume == 'auto':
+    elif resume == 'auto':
         # With nothing to resume, load_from of the configuration stays.
         newest = find_latest_checkpoint(cfg.work_dir)
         cfg.resume = newest is not None
         if cfg.resume:
             cfg.load_from = newest
-    elif args.resume is not None:
-        check_checkpoint(args.resume, folder=cfg.get('strategy') is not None)
-        cfg.resume, cfg.load_from = True, args.resume
-    # An empty val_cfg validates, too.
-    splits = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
-    check_data(cfg, splits)
-    return cfg
+    elif resume is not None:
+        check_checkpoint(resume, folder=cfg.get('strategy') is not None)
+        cfg.resume, cfg.load_from = True, resume
 
 
 def main() -> None:
+    end_with_launcher()
     args = parse_args()
-    with one_line_errors():
-        cfg = prepare(args)
-    if args.check:
-        return
-    with final_mistakes(), closing_group():
+    with contextlib.ExitStack() as stack:
+        with one_line_errors():
+            cfg = prepare(args)
+            if osp.isdir(cfg.work_dir):
+                stack.enter_context(lock_of_training(cfg))
+            choose_start(cfg, args.resume)
+            # An empty val_cfg validates, too.
+            splits = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
+            check_data(cfg, splits)
+            # Neither a mistake nor a check makes a folder.
+            if not args.check:
+                stack.enter_context(lock_of_training(cfg))
+        if args.check:
+            return
+        stack.enter_context(final_mistakes())
+        stack.enter_context(closing_group())
         runner = build_runner(cfg)
         for hook in checkpoint_hooks(runner):
             # load_from may be the configuration's own, or another found since.

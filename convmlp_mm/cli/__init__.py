@@ -16,6 +16,7 @@ from .options import (
 from .runner import (
     build_runner,
     checkpoint_of_restart,
+    lock_of_training,
     plain_optim_wrapper,
     read_slurm,
     read_weights_only,
@@ -32,6 +33,7 @@ __all__ = [
     'closing_group',
     'final_mistakes',
     'load_config',
+    'lock_of_training',
     'merge_options',
     'one_line_errors',
     'plain_optim_wrapper',

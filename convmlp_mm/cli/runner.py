@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import init_dist
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
@@ -16,6 +18,7 @@ from ..checkpoint_io import read_checkpoint
 from ..config_checks import check_optimizer
 from ..data_checks import check_while_reading
 from ..engine.latest import find_latest_checkpoint
+from ..engine.work_dir import LaunchHook, work_dir_lock
 from ..launch import keep_memory
 from .options import map_config
 
@@ -23,6 +26,7 @@ __all__ = [
     'build_runner',
     'checkpoint_of_restart',
     'load_from_weights_only',
+    'lock_of_training',
     'plain_optim_wrapper',
     'read_slurm',
     'read_weights_only',
@@ -33,23 +37,52 @@ __all__ = [
 SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 
 
+# What the launchers call the number of a process among all.
+RANK = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
+
+
+def lock_of_training(cfg: Config) -> AbstractContextManager:
+    """Return the lock of the work dir, which only the first process takes.
+
+    Args:
+        cfg (Config): With ``work_dir`` and ``launcher``.
+
+    Returns:
+        AbstractContextManager: See :func:`convmlp_mm.engine.work_dir.work_dir_lock`.
+    """
+    first = os.environ.get(RANK.get(cfg.launcher, ''), '0') == '0'
+    return work_dir_lock(cfg.work_dir) if first else nullcontext()
+
+
 def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
-    """Return where to go on when torchrun has started the processes again.
+    """Return where to go on when a launcher has started the processes again.
 
     Args:
         work_dir (str): The folder of the run.
         resume (str, optional): The value of ``--resume``: with ``'auto'``, any
-            checkpoint in the folder counts, otherwise only one that was saved since
-            the launch, of which tools/dist_run.sh notes the time.
+            checkpoint in the folder counts, otherwise only one that this launch has
+            saved, whose name is in ``CONVMLP_MM_LAUNCH_ID``.
 
     Returns:
         str, optional: Its path; None in the first attempt, and if there is none.
+
+    Raises:
+        ValueError: If there are checkpoints and none can be resumed from.
     """
     attempt = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
     if not any(int(os.environ.get(name, 0)) for name in attempt):
         return None
-    since = float(os.environ.get('CONVMLP_MM_LAUNCH_TIME', 'inf'))
-    return find_latest_checkpoint(work_dir, None if resume == 'auto' else since)
+    if resume == 'auto':
+        return find_latest_checkpoint(work_dir)
+    launch = os.environ.get('CONVMLP_MM_LAUNCH_ID')
+    saved = find_latest_checkpoint(work_dir, launch) if launch else None
+    if saved is None:
+        print(
+            f'started again: this launch has saved nothing in {work_dir!r} yet, so '
+            'that it begins as at first',
+            file=sys.stderr,
+        )
+    return saved
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -78,7 +111,11 @@ def build_runner(cfg: Config) -> Runner:
         _fit_to_cpu(cfg)
         if cfg.launcher in ('pytorch', 'slurm'):
             _prepare_gloo(cfg)
+    elif cfg.launcher == 'pytorch' and _meeting_place():
+        options = (cfg.get('env_cfg') or {}).get('dist_cfg') or {}
+        init_dist('pytorch', **options, **_meeting_place())
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(LaunchHook())
     check_optimizer(cfg)
     return runner
 
@@ -186,6 +223,21 @@ def read_slurm() -> None:
             ) from None
 
 
+def _meeting_place() -> dict:
+    """Return where the processes of one machine meet, if the launcher says so.
+
+    It is a file, which others neither see nor reach, in contrast to a port.
+    """
+    env = os.environ
+    if 'CONVMLP_MM_STORE' not in env:
+        return {}
+    return dict(
+        init_method=f'file://{env["CONVMLP_MM_STORE"]}',
+        rank=int(env['RANK']),
+        world_size=int(env['WORLD_SIZE']),
+    )
+
+
 def _prepare_gloo(cfg: Config) -> None:
     """Let the launchers' processes talk by gloo.
 
@@ -193,7 +245,7 @@ def _prepare_gloo(cfg: Config) -> None:
     of which exists on a CPU.
     """
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('gloo')
+        torch.distributed.init_process_group('gloo', **_meeting_place())
     strategy = cfg.get('strategy') or {}
     if strategy.get('type') == 'DDPStrategy':
         strategy.setdefault('model_wrapper', dict(broadcast_buffers=False))

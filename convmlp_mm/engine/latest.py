@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import os.path as osp
-from collections.abc import Iterator
+import re
+from collections import defaultdict
 
 from mmengine.logging import print_log
 
 from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
+from .work_dir import KEY
 
 __all__ = ['find_latest_checkpoint', 'named_checkpoint']
 
@@ -28,58 +29,60 @@ def named_checkpoint(work_dir: str | os.PathLike) -> str | None:
     Returns:
         str | None: A path or URL, or None if there is none.
     """
+    *_, named = None, *_named(os.fspath(work_dir))[1]
+    return named
+
+
+def _named(work_dir: str) -> tuple[str, list[str]]:
+    """Return what ``last_checkpoint`` says, and the files that it may mean.
+
+    The one in the folder comes first: the run may have been moved, or copied.
+    """
+    note = osp.join(work_dir, NOTE)
     try:
-        with open(osp.join(work_dir, NOTE), encoding='utf-8') as file:
+        # Anything else may keep a reader waiting.
+        if not osp.isfile(note):
+            return '', []
+        with open(note, encoding='utf-8') as file:
             named = file.read().strip()
     except (OSError, UnicodeDecodeError):
-        return None
-    if not named or '://' in named:
-        return named or None
-    # First where the run is now: of a copy, the old place may still be there. Of a run
-    # that saves elsewhere, a former one may have left such a name here.
-    paths = (osp.join(work_dir, osp.basename(named)), named)
-    paths = [path for path in paths if osp.exists(path)]
-    noted = osp.getmtime(osp.join(work_dir, NOTE))
-    return max(paths, key=lambda path: _before(noted, path), default=None)
+        return '', []
+    if '://' in named:
+        return named, [named]
+    paths = [osp.join(work_dir, osp.basename(named)), named]
+    paths = [path for path in paths if osp.isfile(path)]
+    if len(paths) == 2 and osp.samefile(*paths):
+        paths.pop()
+    return named, paths
 
 
-def _before(noted: float, path: str) -> float:
-    """Return when a file was written, in seconds, the lowest if after its note."""
-    written = osp.getmtime(path)
-    # The resolution of some file systems.
-    return written if written <= noted + 2 else -math.inf
-
-
-def _candidates(work_dir: str) -> Iterator[str]:
-    """List what may be checkpoints of the run, the likeliest first."""
-    named = named_checkpoint(work_dir)
-    if named is not None:
-        yield named
-    folders = [work_dir]
-    if named is not None and '://' not in named:
-        # Where out_dir of CheckpointHook is.
-        folders.append(osp.dirname(named))
-    files = {}
-    for folder in filter(osp.isdir, folders):
+def _others(work_dir: str, named: list[str]) -> list[list[str]]:
+    """List further checkpoints of the run: by their kind of name, the latest first."""
+    folders = {osp.realpath(work_dir): work_dir}
+    for path in named:
+        # This is where out_dir of CheckpointHook may be.
+        if '://' not in path:
+            folders.setdefault(osp.realpath(osp.dirname(path)), osp.dirname(path))
+    files = defaultdict(list)
+    for folder in filter(osp.isdir, folders.values()):
         with os.scandir(folder) as entries:
             for entry in entries:
                 if (
                     entry.name.endswith('.pth')
                     and not entry.name.startswith(('best_', '.'))
                     and not HASH_IN_NAME.search(entry.name)
-                    and entry.is_file()
+                    # A folder is one that DeepSpeed has saved.
+                    and (entry.is_file() or entry.is_dir())
+                    and entry.path not in named
                 ):
-                    files[osp.realpath(entry.path)] = entry
-    if named is not None:
-        files.pop(osp.realpath(named), None)
-    for entry in sorted(
-        files.values(), key=lambda e: e.stat().st_mtime_ns, reverse=True
-    ):
-        yield entry.path
+                    numbers = [int(n) for n in re.findall(r'\d+', entry.name)]
+                    key = numbers, entry.stat().st_mtime_ns, entry.path
+                    files[folder, re.sub(r'\d+', '', entry.name)].append(key)
+    return [[k[-1] for k in sorted(keys, reverse=True)] for keys in files.values()]
 
 
-def _check_resumable(path: str) -> None:
-    """Read a checkpoint to see whether the Runner can go on from it."""
+def _check_resumable(path: str) -> dict:
+    """Read a checkpoint from which the Runner can go on."""
     checkpoint = read_checkpoint(path)
     missing = [
         key
@@ -91,46 +94,78 @@ def _check_resumable(path: str) -> None:
     missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if missing:
         raise ValueError(f'it has no {", ".join(missing)}')
+    return checkpoint
 
 
 def find_latest_checkpoint(
-    work_dir: str | os.PathLike, since: float | None = None
+    work_dir: str | os.PathLike, launch: str | None = None
 ) -> str | None:
     """Find the newest checkpoint of a run that the run can go on from.
 
-    It is the one that ``last_checkpoint`` names, or else the ``*.pth`` of the
-    folder that was written last; each is read as :func:`read_checkpoint` does.
-    The best ones (``best_*``) and published ones have no state of the optimizer
-    and are passed over. Those that do not open, or lack what it takes, are
-    reported in one warning each.
+    It is the one that ``last_checkpoint`` names, or else the ``*.pth`` of the folder
+    that has the most iterations; of files whose names differ in their number alone,
+    the first that opens counts. Each is read as :func:`read_checkpoint` does. The best
+    ones (``best_*``) and published ones have no state of the optimizer and are passed
+    over. Those that do not open, or lack what it takes, are reported in one warning
+    each.
 
     Args:
         work_dir (str | PathLike): The folder of the run. It may have been moved:
             what ``last_checkpoint`` names is looked for here first.
-        since (float, optional): Pass over files that were last changed before
-            this time, in seconds since the epoch; remote files have none. Defaults
-            to None, which means no limit.
+        launch (str, optional): Pass over checkpoints that another launch has saved,
+            see :class:`convmlp_mm.engine.work_dir.LaunchHook`. Defaults to None, which
+            means any.
 
     Returns:
-        str | None: A path or URL, or None if there is no such checkpoint. A
-        folder, which DeepSpeed writes, is not opened.
+        str | None: A path or URL, or None if there is no such checkpoint.
+
+    Raises:
+        ValueError: If there are checkpoints and none can be resumed from: to start
+            from the beginning would write over them.
     """
-    for path in _candidates(os.fspath(work_dir)):
+    work_dir, failed = os.fspath(work_dir), []
+
+    def read(path: str) -> tuple[int, str | None, str | None] | None:
+        """Return the iteration, the launch, and where the file was saved."""
         try:
-            if '://' not in path:
-                if since is not None and os.stat(path).st_mtime < since:
-                    continue
-                if osp.isdir(path):
-                    return path
-            _check_resumable(path)
+            content = _check_resumable(path)
+            info = content['message_hub'].get('runtime_info', {})
+            meta = content['meta']
+            return int(meta['iter']), meta.get(KEY), info.get('last_ckpt')
         # Of damaged bytes, unpickling makes any exception there is.
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]
+            failed.append(repr(path))
             print_log(
                 f'checkpoint {path!r} cannot be resumed from: {lines[0]}',
                 logger='current',
                 level=logging.WARNING,
             )
-        else:
-            return path
+
+    note, named = _named(work_dir)
+    for path in named:
+        if (content := read(path)) is None:
+            continue
+        _, its_launch, saved_at = content
+        # A file of this name in the work dir may be of a former run, when the one of
+        # the note saves elsewhere.
+        if path == named[-1] or saved_at in (None, note):
+            # Each save writes the note, so that a launch has none beside it.
+            return path if launch in (None, its_launch) else None
+    found = []
+    for paths in _others(work_dir, named):
+        for path in paths:
+            content = read(path)
+            if content is not None and launch in (None, content[1]):
+                found.append((content[0], osp.getmtime(path), path))
+                break
+    if found:
+        return max(found)[-1]
+    if failed:
+        more = f' and {len(failed) - 1} more' if failed[1:] else ''
+        raise ValueError(
+            f'no checkpoint in {work_dir!r} can be resumed from, not even {failed[0]}'
+            f'{more}, as said above; move them away to start from the beginning, which '
+            'would write over them'
+        )
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import os.path as osp
 import signal
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..launch import PREEMPTED
 from .saving import checkpoint_hooks, remove_checkpoint
+from .work_dir import work_dir_lock
 
 __all__ = ['PreemptionHook']
 
@@ -54,6 +56,11 @@ class PreemptionHook(Hook):
     the workers of the data loaders, and with them the run. Those of the training and
     validation that start after ``before_run`` therefore ignore the signals. In
     mmengine up to 0.10.7, ``IterBasedTrainLoop`` starts its workers before any hook.
+    Other processes that are forked, such as the pool of a metric, treat the signals
+    as they would without this hook.
+
+    While it trains, the first process holds the lock of the work dir, see
+    :func:`convmlp_mm.engine.work_dir.work_dir_lock`.
 
     Args:
         signals (Sequence[str]): Names of the signals, of ``'SIGTERM'``,
@@ -92,6 +99,7 @@ class PreemptionHook(Hook):
         self._asked = False
         self._agreed = False
         self._previous: dict = {}
+        self._lock = contextlib.ExitStack()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
@@ -101,10 +109,15 @@ class PreemptionHook(Hook):
 
         Args:
             runner (Runner): The runner.
+
+        Raises:
+            BlockingIOError: If another run trains in the work dir.
         """
         self._asked = self._agreed = False
         if not isinstance(runner._train_loop, BaseLoop):
             return
+        if dist.is_main_process():
+            self._lock.enter_context(work_dir_lock(runner.work_dir))
         if threading.current_thread() is not threading.main_thread():
             runner.logger.warning(
                 'PreemptionHook: signals are handled in the main thread only, and '
@@ -184,6 +197,14 @@ class PreemptionHook(Hook):
             signal.signal(number, handler)
         self._previous.clear()
 
+    def after_run(self, runner: Runner) -> None:
+        """Let others have the work dir.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        self._lock.close()
+
     def _agree(self) -> bool:
         """Tell whether any process has been asked to stop; the same in all."""
         if not self._agreed:
@@ -259,6 +280,36 @@ def _remove(hook: CheckpointHook, name: str) -> None:
         remove_checkpoint(hook, name)
 
 
+def _handled() -> dict[signal.Signals, PreemptionHook]:
+    """Return the signals that a hook has taken over in this process."""
+    owners = {
+        number: getattr(signal.getsignal(number), '__self__', None)
+        for number in map(signal.Signals.__getitem__, SIGNALS)
+    }
+    return {n: own for n, own in owners.items() if isinstance(own, PreemptionHook)}
+
+
+def _before_fork() -> None:
+    # Python forgets what reaches a child before it has the handlers of its own.
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handled())
+
+
+def _after_fork(in_child: bool = False) -> None:
+    """Let no child inherit the handlers: one that is told to end must end."""
+    for number, hook in _handled().items() if in_child else ():
+        signal.signal(number, hook._previous.get(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
+# The mask of signals belongs to the thread that forks.
+_fork = threading.local()
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork,
+    after_in_child=partial(_after_fork, in_child=True),
+)
+
+
 def _ignore_signals(
     init: Callable[[int], None] | None,
     signals: Sequence[signal.Signals],
@@ -273,18 +324,15 @@ def _ignore_signals(
         signals (Sequence[Signals]): What to ignore.
         worker_id (int): Number of the worker.
     """
-    for number in signals:
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
-    if signal.SIGTERM in signals:
-        # Only a thread that waits for the signal is told who has sent it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_parent, daemon=True).start()
+    # Only a thread that waits for a signal is told who has sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=_wait_for_parent, args=[signals], daemon=True).start()
     if init is not None:
         init(worker_id)
 
 
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _wait_for_parent(signals: Sequence[signal.Signals]) -> None:
+    while True:
+        info = signal.sigwaitinfo(signals)
+        if (info.si_signo, info.si_pid) == (signal.SIGTERM, os.getppid()):
+            os._exit(0)

@@ -6,6 +6,7 @@
 # Partitions: "low", whose jobs are preempted and queued again, and "high", for which
 # they are. Ports 17000 to 17002 of the loopback.
 set -euo pipefail
+unset CDPATH
 if [ $# -lt 2 ]; then
     echo 'usage: slurm_on_one_host.sh FOLDER COMMAND [arguments]' >&2
     exit 2

@@ -6,6 +6,7 @@
 # and cancelled. Takes about fifteen minutes, most of it waiting for SLURM. ONLY names
 # some of: signal preempted requeued cancelled limit.
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$1"
 export GPUS=2 GPUS_PER_NODE=1 CPUS_PER_TASK=1 GRES= OMP_NUM_THREADS=1

@@ -1,0 +1,156 @@
+"""Who writes in a work dir: one run at a time, and which launch of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import os.path as osp
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+__all__ = ['LaunchHook', 'work_dir_lock']
+
+# This file of the work dir says who holds it. What a run that was killed has left of it
+# is not locked.
+LOCK = '.lock'
+# In seconds: a run that has been told to end may need the first for that. A file server
+# may need the second to see that the machine of a run that is started again is gone.
+PATIENCE, PATIENCE_OF_RESTART = 10, 120
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# The key of a checkpoint's meta under which the launch stands that has saved it.
+KEY = 'launch'
+
+_held: set[str] = set()
+
+
+@contextlib.contextmanager
+def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs out of a work dir, which is made if need be.
+
+    The lock is that of the operating system, so that a process which is killed leaves
+    none. In the process that has it already, this does nothing. Where the file system
+    has no locks, a warning says so.
+
+    Args:
+        folder (str | PathLike): The work dir.
+
+    Yields:
+        None: While the process holds the lock.
+
+    Raises:
+        BlockingIOError: If another run has it and keeps it; the message says which.
+        PermissionError: If the folder cannot be written.
+    """
+    path = osp.join(osp.realpath(folder), LOCK)
+    if path in _held:
+        yield
+        return
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    file = _acquire(path)
+    _held.add(path)
+    since = time.strftime('%Y-%m-%d %H:%M:%S')
+    holder = f'process {os.getpid()} of {socket.gethostname()} since {since}'
+    try:
+        # On a full disk the lock holds all the same.
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, 0)
+            text = f'{holder}: {shlex.join(sys.argv)}\n'
+            os.pwrite(file, text.encode(errors='replace'), 0)
+        yield
+    finally:
+        _held.remove(path)
+        # This comes before the file is closed: afterwards it may be another's.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(file)
+
+
+def _acquire(path: str) -> int:
+    """Open and lock a file, which is another one when its holder has removed it."""
+    restarted = int(os.environ.get('CONVMLP_MM_ATTEMPT', 0)) > 0
+    deadline = time.monotonic() + (PATIENCE_OF_RESTART if restarted else PATIENCE)
+    waiting = False
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise PermissionError(
+                f'work_dir {osp.dirname(path)!r} cannot be written: {error.strerror}: '
+                f'{path!r}'
+            ) from error
+        try:
+            # With flock(), children that are forked would share the lock: a worker of a
+            # data loader or of a metric that outlives a killed run would keep it. This
+            # one ends when the process closes any descriptor of the file, so that
+            # nothing else here may open it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if osp.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            # Its holder has removed it since it was opened.
+            pass
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                print(
+                    f'warning: {path!r} cannot be locked ({error.strerror}): nothing '
+                    'keeps a second run out of this work dir',
+                    file=sys.stderr,
+                )
+                return file
+            holder = ' '.join(os.pread(file, 4096, 0).decode(errors='replace').split())
+            late = time.monotonic() > deadline
+            if late or error.errno not in (errno.EACCES, errno.EAGAIN):
+                os.close(file)
+                raise BlockingIOError(
+                    f'work_dir {osp.dirname(path)!r} is in use by '
+                    f'{holder or "another process"} ({error.strerror}); wait until it '
+                    'has ended, or choose another --work-dir; if it is gone with its '
+                    f'machine, remove {path!r}'
+                ) from error
+            if not waiting:
+                print(f'waiting for the work dir: {holder} has it', file=sys.stderr)
+            waiting = True
+        os.close(file)
+        time.sleep(0.2)
+
+
+class LaunchHook(Hook):
+    """What runs need that ``tools/`` start, which add it to the hooks of the recipe.
+
+    Checkpoints say which launch has saved them, ``CONVMLP_MM_LAUNCH_ID``; by it a
+    restart knows its own. Processes that evaluate together exchange their results in
+    the folder of the logs: by default mmengine does it in the current folder, which
+    may be read-only.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note the launch.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): Its ``meta`` gets the key ``'launch'``.
+        """
+        checkpoint['meta'][KEY] = os.environ.get('CONVMLP_MM_LAUNCH_ID')
+
+    def before_val(self, runner: Runner) -> None:
+        """Choose the folder of the validation."""
+        _exchange_in_log_dir(runner, runner.val_evaluator)
+
+    def before_test(self, runner: Runner) -> None:
+        """Choose the folder of the test."""
+        _exchange_in_log_dir(runner, runner.test_evaluator)
+
+
+def _exchange_in_log_dir(runner: Runner, evaluator: object) -> None:
+    for metric in getattr(evaluator, 'metrics', ()):
+        if getattr(metric, 'collect_device', None) == 'cpu':
+            folder = osp.join(runner.log_dir, '.results')
+            metric.collect_dir = metric.collect_dir or folder

@@ -62,15 +62,19 @@ def training(tmp_path, hooks=(), **changes):
             stdout=file,
             stderr=file,
         )
+    members = [run.pid]
     try:
         for _ in range(400):
             if re.search(r'Epoch\(train\) *\[1\]', log.read_text()):
                 break
             assert run.poll() is None, log.read_text()[-2000:]
             time.sleep(0.2)
+        members = family(run.pid)
         yield run, log
     finally:
-        run.kill()
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def family(pid):

@@ -1,12 +1,12 @@
 """One run at a time writes in a work dir, and a launch knows its own checkpoints."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ time.sleep(60)
 """
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(folder):
     folder.mkdir(exist_ok=True)
     command = [sys.executable, '-c', HOLDER, str(folder / LOCK)]
@@ -66,6 +66,15 @@ def test_run_that_is_killed_leaves_no_lock(tmp_path):
     assert not (tmp_path / LOCK).exists()
 
 
+def test_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / 'other').write_text('mine')
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'work' / LOCK).symlink_to(tmp_path / 'other')
+    with pytest.raises(PermissionError, match='work.* cannot be written: Too many'):
+        work_dir_lock(tmp_path / 'work').__enter__()
+    assert (tmp_path / 'other').read_text() == 'mine'
+
+
 def test_lock_waits_for_a_run_that_is_ending(tmp_path):
     with held(tmp_path) as run:
         subprocess.Popen(['sh', '-c', f'sleep 0.5; kill -9 {run.pid}'])
@@ -80,6 +89,11 @@ def test_lock_holds_against_others_until_its_last_holder_here_ends(tmp_path):
     )
     command = [sys.executable, '-c', code, str(tmp_path / 'new' / LOCK)]
     with work_dir_lock(tmp_path / 'new'):
+        if os.fork() == 0:
+            with contextlib.suppress(SystemExit), work_dir_lock(tmp_path / 'new'):
+                sys.exit()
+            os._exit(0)
+        assert os.wait()[1] == 0
         with work_dir_lock(tmp_path / 'new' / '..' / 'new'):
             pass
         refused = subprocess.run(command, capture_output=True, text=True)

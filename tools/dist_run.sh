@@ -55,9 +55,9 @@ fi
 rendezvous=(--rdzv_backend one_machine)
 if ((NNODES > 1)); then
     if [ -z "${RDZV_ID:-}" ]; then
-        echo 'dist_run.sh: warning: RDZV_ID is not set: who reaches the port of' \
-            'MASTER_ADDR can disturb this launch; set it to the same secret on all' \
-            'machines' >&2
+        echo 'dist_run.sh: warning: RDZV_ID is not set: whoever reaches the port of' \
+            'MASTER_ADDR can run code in this launch; set it to the same secret on' \
+            'all machines' >&2
     fi
     rendezvous=(
         --rdzv_backend c10d

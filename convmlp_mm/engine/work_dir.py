@@ -56,8 +56,8 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
     os.makedirs(osp.dirname(path), exist_ok=True)
     file = _acquire(path)
     _held.add(path)
-    since = time.strftime('%Y-%m-%d %H:%M:%S')
-    holder = f'process {os.getpid()} of {socket.gethostname()} since {since}'
+    since, pid = time.strftime('%Y-%m-%d %H:%M:%S'), os.getpid()
+    holder = f'process {pid} of {socket.gethostname()} since {since}'
     try:
         # On a full disk the lock holds all the same.
         with contextlib.suppress(OSError):
@@ -66,11 +66,13 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
             os.pwrite(file, text.encode(errors='replace'), 0)
         yield
     finally:
-        _held.remove(path)
-        # This comes before the file is closed: afterwards it may be another's.
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        os.close(file)
+        # A child that is forked has no lock, and may come here at its end.
+        if os.getpid() == pid:
+            _held.remove(path)
+            # This comes before the file is closed: afterwards it may be another's.
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            os.close(file)
 
 
 def _acquire(path: str) -> int:
@@ -78,9 +80,11 @@ def _acquire(path: str) -> int:
     restarted = int(os.environ.get('CONVMLP_MM_ATTEMPT', 0)) > 0
     deadline = time.monotonic() + (PATIENCE_OF_RESTART if restarted else PATIENCE)
     waiting = False
+    # Through a link, the file of somebody else would be written.
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(path, flags, 0o666)
         except OSError as error:
             raise PermissionError(
                 f'work_dir {osp.dirname(path)!r} cannot be written: {error.strerror}: '
@@ -105,7 +109,8 @@ def _acquire(path: str) -> int:
                     file=sys.stderr,
                 )
                 return file
-            holder = ' '.join(os.pread(file, 4096, 0).decode(errors='replace').split())
+            text = os.pread(file, 4096, 0).decode(errors='replace').strip()
+            holder = ''.join(c if c.isprintable() else ' ' for c in text)
             late = time.monotonic() > deadline
             if late or error.errno not in (errno.EACCES, errno.EAGAIN):
                 os.close(file)

@@ -12,6 +12,7 @@ from convmlp_mm.cli import (
     check_checkpoint,
     check_data,
     closing_group,
+    final_mistakes,
     load_config,
     one_line_errors,
 )
@@ -21,7 +22,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='configuration file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument('--out', metavar='PKL', help='dump the predictions here')
+    parser.add_argument(
+        '--out',
+        metavar='PKL',
+        help='dump the predictions here, as a pickle: open only those that you trust',
+    )
     parser.add_argument(
         '--show-dir', help='draw predictions beside the ground truth into this folder'
     )
@@ -81,7 +86,7 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    with closing_group():
+    with final_mistakes(), closing_group():
         runner = build_runner(cfg)
         if args.out:
             dump = DumpResults(out_file_path=args.out)

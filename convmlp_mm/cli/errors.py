@@ -10,9 +10,11 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
+from ..checkpoint_io import CheckpointError
 from ..launch import MISTAKE
 
 __all__ = ['closing_group', 'final_mistakes', 'one_line_errors']
@@ -28,11 +30,15 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        # str() of a KeyError is the repr of its message.
-        message = error.args[0] if isinstance(error, KeyError) else error
-        program = osp.basename(sys.argv[0])
-        print(f'{program}: error: {message}', file=sys.stderr)
-        sys.exit(MISTAKE)
+        _end(error)
+
+
+def _end(error: Exception) -> NoReturn:
+    # str() of a KeyError is the repr of its message.
+    message = error.args[0] if isinstance(error, KeyError) else error
+    program = osp.basename(sys.argv[0])
+    print(f'{program}: error: {message}', file=sys.stderr)
+    sys.exit(MISTAKE)
 
 
 # They come again however often one tries, unlike those of memory and networks.
@@ -59,10 +65,13 @@ def final_mistakes() -> Iterator[None]:
     """Tell a launcher that restarts not to do so after what comes again.
 
     That is a mistake of the user's, or a disk that is full or cannot be written. The
-    stack trace stays. Without such a launcher nothing changes.
+    stack trace stays. Without such a launcher nothing changes, but that a checkpoint
+    which cannot be used is one line.
     """
     try:
         yield
+    except CheckpointError as error:
+        _end(error)
     except (*MISTAKES, OSError) as error:
         final = isinstance(error, MISTAKES) or error.errno in FULL
         if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:

@@ -7,12 +7,17 @@ import math
 import os
 import os.path as osp
 from collections.abc import Iterator
+from numbers import Real
 
-from mmengine.logging import print_log
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, print_log
 
 from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
+from ..weights import find_not_finite
+from .exact_resume import KEY, check_state
 
-__all__ = ['find_latest_checkpoint', 'named_checkpoint']
+__all__ = ['check_resumable', 'find_latest_checkpoint', 'named_checkpoint']
 
 # The file in which the Runner notes its last checkpoint.
 NOTE = 'last_checkpoint'
@@ -78,19 +83,52 @@ def _candidates(work_dir: str) -> Iterator[str]:
         yield entry.path
 
 
-def _check_resumable(path: str) -> None:
-    """Read a checkpoint to see whether the Runner can go on from it."""
-    checkpoint = read_checkpoint(path)
-    missing = [
-        key
-        for key in ('state_dict', 'optimizer', 'message_hub')
-        if key not in checkpoint
-    ]
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, dict) else {}
+def check_resumable(checkpoint: dict) -> None:
+    """Check that the Runner can go on from a checkpoint.
+
+    Args:
+        checkpoint (dict): What the file holds, after
+            :func:`~convmlp_mm.checkpoint_io.check_content`. Its logs are made again
+            from their numbers.
+
+    Raises:
+        ValueError: If something is missing, or is not what the Runner writes.
+    """
+    parts = ('state_dict', 'message_hub')
+    missing = [key for key in parts if not checkpoint.get(key)]
+    meta, hub = checkpoint.get('meta') or {}, checkpoint.get('message_hub') or {}
     missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if missing:
         raise ValueError(f'it has no {", ".join(missing)}')
+    for key in ('epoch', 'iter'):
+        if type(meta[key]) is not int or meta[key] < 0:
+            raise ValueError(f'meta.{key} is {meta[key]!r}')
+    for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
+        if not isinstance(hub.get(key), dict):
+            raise ValueError(f'message_hub.{key} is no dict')
+    for key, value in hub['runtime_info'].items():
+        if str(key).startswith('best_score') and not isinstance(
+            value, (Real, torch.Tensor, np.generic)
+        ):
+            raise ValueError(f'message_hub.runtime_info.{key} is {value!r}')
+    for key, buffer in hub['log_scalars'].items():
+        if isinstance(buffer, HistoryBuffer):
+            try:
+                numbers = [np.array(numbers, float) for numbers in buffer.data]
+                hub['log_scalars'][key] = HistoryBuffer(*numbers)
+            except (AssertionError, AttributeError, TypeError, ValueError):
+                raise ValueError(f'message_hub.log_scalars.{key} is no log') from None
+    optimizer = checkpoint.get('optimizer')
+    if 'optimizer' in checkpoint and not isinstance(optimizer, dict):
+        raise ValueError(f'its optimizer is a {type(optimizer).__name__}')
+    weights = (checkpoint['state_dict'], checkpoint.get('ema_state_dict'), optimizer)
+    spoilt = next(find_not_finite(weights), None)
+    if spoilt is not None:
+        kind, _, name = spoilt.partition('.')
+        kind = ('state_dict', 'ema_state_dict', 'optimizer')[int(kind)]
+        raise ValueError(f'there is NaN or Inf in {kind}, {name}')
+    if KEY in checkpoint:
+        check_state(checkpoint[KEY], checkpoint)
 
 
 def find_latest_checkpoint(
@@ -122,7 +160,10 @@ def find_latest_checkpoint(
                     continue
                 if osp.isdir(path):
                     return path
-            _check_resumable(path)
+            checkpoint = read_checkpoint(path)
+            check_resumable(checkpoint)
+            if 'optimizer' not in checkpoint:
+                raise ValueError('it has no optimizer')
         # Of damaged bytes, unpickling makes any exception there is.
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]

@@ -223,8 +223,8 @@ def _check_hash(path: str, url: str) -> None:
 def _download(url: str) -> str:
     """Return the path of ``url`` in torch hub's cache, fetching it once.
 
-    Each URL has a folder of its own there. With a mirror, it is the path in that of
-    what comes after ``ROOT``.
+    Names begin with the hash of the URL: many servers have a ``model.pth``. With a
+    mirror, it is the path in that of what comes after ``ROOT``.
     """
     mirror = os.environ.get(MIRROR)
     if mirror and url.startswith(ROOT):
@@ -238,8 +238,8 @@ def _download(url: str) -> str:
         name = os.path.basename(urlparse(url).path)
         if not name:
             raise ValueError(f'{url} names a folder, not the file of a checkpoint')
-        folder = hashlib.sha256(url.encode()).hexdigest()[:16]
-        path = os.path.join(torch.hub.get_dir(), 'checkpoints', folder, name)
+        name = f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}'
+        path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
         if not os.path.exists(path):
             _fetch(url, path)
     _check_hash(path, url)

@@ -228,8 +228,12 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
     elif isinstance(content, (list, tuple)):
         content = enumerate(content)
     elif isinstance(content, Tensor) and content.is_floating_point():
+        value, storage = content.detach(), content.untyped_storage()
+        if value.nbytes > storage.nbytes():
+            # An expanded tensor could be of any size.
+            value = value.new_empty(0).set_(storage)
         # torch.isfinite knows no numbers of 8 bits.
-        value = content.detach() if content.itemsize > 1 else content.detach().float()
+        value = value if value.itemsize > 1 else value.float()
         if not value.isfinite().all():
             zero = value == 0
             mask = value.ndim > 1 and zero.any() and (zero | value.isneginf()).all()
@@ -260,13 +264,18 @@ def _find_flaws(
         for key, value in plain.items()
         if key in dtypes and _kind(value.dtype) != _kind(dtypes[key])
     ]
-    finite = {
-        key: value.to(dtypes.get(key, value.dtype)) for key, value in plain.items()
+    # Too large a number becomes Inf where there is less room for it.
+    narrow = {
+        key: value.to(dtypes[key])
+        for key, value in plain.items()
+        if key in dtypes
+        and value.is_floating_point()
+        and value.itemsize > dtypes[key].itemsize
     }
     return [
         ('sparse, quantised or without data', [k for k in found if k not in plain]),
         ('of another kind of numbers', kinds),
-        ('with NaN or Inf', list(find_not_finite(finite))),
+        ('with NaN or Inf', list(find_not_finite({**plain, **narrow}))),
     ]
 
 

@@ -1,5 +1,6 @@
 """What users get wrong: the table of test_bad_input.py."""
 
+import argparse
 import io
 import json
 import os
@@ -313,24 +314,55 @@ CHECKPOINTS = [
     case('predictions in another format', DET, ['--out must end with .pkl', 'a.json'],
          tool=TEST, spoil=checkpoint({}),
          arguments=lambda paths: ['--out', 'a.json']),
+    *(case(f'{what} in a checkpoint', DET, ["weights.pth'", *words], tool=TEST,
+           spoil=checkpoint(content)) for what, words, content in (
+        ('numbers as names', ['names as state_dict', 'is 1'],
+         dict(state_dict={1: torch.ones(1)})),
+        ('list of weights', ['a dict as state_dict, but holds a list'],
+         dict(state_dict=[torch.ones(1)])),
+        ('list of records', ['a dict as meta, but holds a list'],
+         dict(state_dict={}, meta=[1])),
+        ('options of timm', ['argparse.Namespace', 'convert_weights.py takes the tens'],
+         dict(state_dict={}, args=argparse.Namespace())),
+    )),
 ]
 
 
-def train_before(change=None):
-    """Leave the checkpoint of a run, with other steps noted in it."""
+def spoil_run(function):
+    """Leave the checkpoint of a run, changed by a function."""
 
     def spoil(paths):
         paths.train()
         path = paths.work / 'epoch_1.pth'
         content = torch.load(path, weights_only=False)
-        content['meta']['step_size'].update(change or {})
+        function(content)
         torch.save(content, path)
 
     return spoil
 
 
+def train_before(change=None):
+    """Leave the checkpoint of a run, with other steps noted in it."""
+    return spoil_run(lambda c: c['meta']['step_size'].update(change or {}))
+
+
 def resume(paths):
     return ['--resume']
+
+
+def rename_backbone(content):
+    state = content['state_dict']
+    for key in [key for key in state if key.startswith('backbone.')]:
+        state[f'former_{key}'] = state.pop(key)
+
+
+def resume_by_name(paths):
+    return ['--resume', paths.work / 'epoch_1.pth']
+
+
+def to_integers(content):
+    state, key = content['state_dict'], 'backbone.tokenizer.block.0.weight'
+    state[key] = state[key].to(torch.int8)
 
 
 RUNS = [
@@ -343,6 +375,13 @@ RUNS = [
     case('batch size changed', DET,
          ['steps of another size (batch size 2 before and 1 now)', '--auto-scale-lr'],
          'train_dataloader.batch_size=1', arguments=resume, spoil=train_before()),
+    case('resume from other names', DET, ["epoch_1.pth'", 'missing: backbone.tokenizer'],
+         arguments=resume_by_name, spoil=spoil_run(rename_backbone)),
+    case('resume from integers', DET, ["epoch_1.pth'", 'kind of numbers', 'torch.int8'],
+         arguments=resume_by_name, spoil=spoil_run(to_integers)),
+    case('resume from a damaged position', DET, ["epoch_1.pth'", 'exact_resume'],
+         arguments=resume_by_name,
+         spoil=spoil_run(lambda c: c['exact_resume'].update(batches=-3))),
 ]
 CASES = [*CONFIGURATIONS, *FILES, *ANNOTATIONS, *IMAGES, *CHECKPOINTS, *RUNS]
 # fmt: on

@@ -375,7 +375,7 @@ RUNS = [
     case('batch size changed', DET,
          ['steps of another size (batch size 2 before and 1 now)', '--auto-scale-lr'],
          'train_dataloader.batch_size=1', arguments=resume, spoil=train_before()),
-    case('resume from other names', DET, ["epoch_1.pth'", 'missing: backbone.tokenizer'],
+    case('resume from other names', DET, ["epoch_1.pth'", 'missing: backbone.tok'],
          arguments=resume_by_name, spoil=spoil_run(rename_backbone)),
     case('resume from integers', DET, ["epoch_1.pth'", 'kind of numbers', 'torch.int8'],
          arguments=resume_by_name, spoil=spoil_run(to_integers)),

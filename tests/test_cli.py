@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,7 +226,9 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
 
 def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', built.append)
+    runner = SimpleNamespace(hooks=[], register_hook=lambda hook: None)
+    build = lambda cfg: built.append(cfg) or runner  # noqa: E731
+    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', build)
     monkeypatch.setattr('convmlp_mm.cli.runner._prepare_gloo', lambda cfg: None)
     strategy = dict(type='FullStateFSDPStrategy')
     build_runner(tiny_cfg(tmp_path, strategy=strategy, launcher='pytorch'))

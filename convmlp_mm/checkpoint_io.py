@@ -49,8 +49,8 @@ TIMEOUT = 60
 # The first digits stand in the names of published files (torch hub, OpenMMLab), where a
 # date may stand as well.
 HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')
-# What numbers in the Runner's logs are.
-NUMBERS = {'f4': np.float32, 'f8': np.float64, 'i8': np.int64, 'u4': np.uint32}
+# Kinds of numbers, as numpy writes them.
+NUMBERS = ['b1', 'i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f2', 'f4', 'f8']
 
 
 class CheckpointError(ValueError):
@@ -82,7 +82,7 @@ def _runner_globals() -> dict[str, object]:
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed[f'{module}._reconstruct'] = core.multiarray._reconstruct
         allowed[f'{module}.scalar'] = core.multiarray.scalar
-    for kind in (type(np.dtype(number)) for number in NUMBERS.values()):
+    for kind in (type(np.dtype(number)) for number in NUMBERS):
         allowed[f'{kind.__module__}.{kind.__name__}'] = kind
     return allowed
 

@@ -608,6 +608,8 @@ MALFORMED = {
     'message hub': (put('message_hub.log_scalars', 3), 'log_scalars is no dict'),
     'no message hub': (put('message_hub', {}), 'it has no message_hub'),
     'log': (broken_log, 'message_hub.log_scalars.train/loss is no log'),
+    'seed of the run': (put('meta.seed', 'x'), "meta.seed is 'x'"),
+    'schedule': (put('param_schedulers', 3), 'its param_schedulers is a int'),
     'best score': (
         put('message_hub.runtime_info.best_score', 'high'),
         "runtime_info.best_score is 'high'",
@@ -616,11 +618,11 @@ MALFORMED = {
     'optimizer': (put('optimizer', [1]), 'its optimizer is a list'),
     'infinite optimizer': (
         put('optimizer.state.0.momentum_buffer', torch.tensor(float('inf'))),
-        'NaN or Inf in optimizer, state.0.momentum_buffer',
+        'NaN or Inf in optimizer.state.0.momentum_buffer',
     ),
     'infinite weights': (
         put('state_dict.linear.bias', None),
-        'NaN or Inf in state_dict, linear.bias',
+        'NaN or Inf in state_dict.linear.bias',
     ),
     'exact resume': (put('exact_resume', [1]), 'exact_resume is damaged: TypeError'),
     'seed': (put('exact_resume.seed', 'x'), 'exact_resume is damaged'),

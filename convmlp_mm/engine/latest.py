@@ -100,9 +100,10 @@ def check_resumable(checkpoint: dict) -> None:
     missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if missing:
         raise ValueError(f'it has no {", ".join(missing)}')
-    for key in ('epoch', 'iter'):
-        if type(meta[key]) is not int or meta[key] < 0:
-            raise ValueError(f'meta.{key} is {meta[key]!r}')
+    numbers = dict(epoch=meta['epoch'], iter=meta['iter'], seed=meta.get('seed') or 0)
+    for key, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f'meta.{key} is {number!r}')
     for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
         if not isinstance(hub.get(key), dict):
             raise ValueError(f'message_hub.{key} is no dict')
@@ -118,15 +119,13 @@ def check_resumable(checkpoint: dict) -> None:
                 hub['log_scalars'][key] = HistoryBuffer(*numbers)
             except (AssertionError, AttributeError, TypeError, ValueError):
                 raise ValueError(f'message_hub.log_scalars.{key} is no log') from None
-    optimizer = checkpoint.get('optimizer')
-    if 'optimizer' in checkpoint and not isinstance(optimizer, dict):
-        raise ValueError(f'its optimizer is a {type(optimizer).__name__}')
-    weights = (checkpoint['state_dict'], checkpoint.get('ema_state_dict'), optimizer)
-    spoilt = next(find_not_finite(weights), None)
-    if spoilt is not None:
-        kind, _, name = spoilt.partition('.')
-        kind = ('state_dict', 'ema_state_dict', 'optimizer')[int(kind)]
-        raise ValueError(f'there is NaN or Inf in {kind}, {name}')
+    for key, kinds in (('optimizer', dict), ('param_schedulers', (dict, list))):
+        if not isinstance(checkpoint.get(key, {}), kinds):
+            raise ValueError(f'its {key} is a {type(checkpoint[key]).__name__}')
+    for key in ('state_dict', 'ema_state_dict', 'optimizer'):
+        spoilt = next(find_not_finite(checkpoint.get(key), key), None)
+        if spoilt is not None:
+            raise ValueError(f'there is NaN or Inf in {spoilt}')
     if KEY in checkpoint:
         check_state(checkpoint[KEY], checkpoint)
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint_io import CheckpointError, check_content
 from ..convmlp import ConvMLP
-from ..weights import fit_checkpoint
+from ..layouts import without_module
+from ..weights import check_tensors, fit_checkpoint
 from .latest import check_resumable, named_checkpoint
 from .saving import keep_own_files
 
@@ -41,8 +42,8 @@ class CheckWeightsHook(Hook):
     The Runner loads a checkpoint as far as names and shapes match and warns
     about the rest. With this hook a backbone that is not all there stops the
     run, and a published classifier gets the names of the model. Training may
-    start without neck and head; testing may not. Models without ConvMLP are left
-    alone, but a run is resumed from its own model only, whatever that is.
+    start without neck and head; testing may not. Of models without ConvMLP only the
+    values are checked, but a run is resumed from its own model only, whatever that is.
 
     Nothing in a checkpoint is acted upon: the configuration that toolkits up to 2021
     noted there, which the Runner would execute, is dropped, and so are the names of
@@ -75,6 +76,7 @@ class CheckWeightsHook(Hook):
                 self._check_resumed(runner, model, checkpoint, name)
             return
         if not isinstance(getattr(model, 'backbone', None), ConvMLP):
+            check_tensors(without_module(checkpoint), name)
             return
         training = isinstance(runner._train_loop, BaseLoop)
         state_dict, message = fit_checkpoint(model, checkpoint, name, partial=training)
@@ -95,12 +97,12 @@ class CheckWeightsHook(Hook):
                 f'checkpoint {name!r} cannot be resumed: {error}'
             ) from error
         # EMAHook has saved the average as the one, and the model as the other.
-        average = dict(checkpoint.get('ema_state_dict') or {})
-        average.pop('steps', None)
-        for state_dict in (checkpoint['state_dict'], average):
-            if state_dict:
-                content = dict(state_dict=state_dict)
-                fit_checkpoint(model, content, name, exact=True)
+        for key in ('state_dict', 'ema_state_dict'):
+            if key in checkpoint:
+                state_dict = {**(checkpoint[key] or {})}
+                # The count of EMAHook.
+                state_dict.pop('steps', None)
+                fit_checkpoint(model, dict(state_dict=state_dict), name, exact=True)
         keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
 
 

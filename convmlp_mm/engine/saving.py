@@ -143,29 +143,24 @@ def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
     own = hook is not None and place(osp.dirname(resumed)) == place(folder)
 
     def is_own(name: object) -> bool:
-        return (
-            own and _is_own_name(hook, name) and not osp.isdir(osp.join(folder, name))
-        )
+        named = own and _is_own_name(hook, name)
+        return named and not osp.isdir(osp.join(folder, name))
 
-    def steps(value: object) -> list[int]:
-        numbers = value if own and isinstance(value, list) else []
-        numbers = [n for n in numbers if type(n) is int]
-        return [n for n in numbers if is_own(hook.filename_tmpl.format(n))]
-
-    for key in list(info):
-        value = info.pop(key)
+    for key, value in list(info.items()):
         if key == 'keep_ckpt_ids':
-            value = steps(value)
+            steps = [n for n in value if type(n) is int] if type(value) is list else []
+            info[key] = [
+                n for n in steps if own and is_own(hook.filename_tmpl.format(n))
+            ]
         elif key == OUTDATED:
-            value = [n for n in value if is_own(n)] if isinstance(value, list) else []
+            info[key] = list(filter(is_own, value)) if type(value) is list else []
         elif key == 'last_ckpt' or str(key).startswith('best_ckpt'):
             # The run may have been moved.
-            name = osp.basename(str(value))
-            value = osp.join(folder, name) if is_own(name) else None
+            info[key] = osp.join(folder, osp.basename(str(value)))
+            if not is_own(osp.basename(info[key])):
+                info.pop(key)
         elif key == PREEMPTED_FILE and not is_own(value):
-            value = None
-        if value is not None:
-            info[key] = value
+            info.pop(key)
 
 
 def restore(hub: MessageHub, keys: list[str], before: dict) -> None:

@@ -301,6 +301,8 @@ def _open(
             lines = [line.strip() for line in text.splitlines()]
             lines = [line for line in lines if line and 'weights_only' not in line]
             reason = lines[0] if lines else type(error).__name__
+            reason = reason.removeprefix('Unsupported global: GLOBAL ')
+            reason = re.split(r' was not an allowed|[.,]? Please', reason)[0]
             if forbidden:
                 reason += '; tools/convert_weights.py takes the tensors alone'
             raise CheckpointError(

@@ -140,6 +140,7 @@ def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
     def place(path: str) -> str:
         return path if '://' in path else osp.realpath(osp.expanduser(path))
 
+    template = getattr(hook, 'filename_tmpl', '')
     own = hook is not None and place(osp.dirname(resumed)) == place(folder)
 
     def is_own(name: object) -> bool:
@@ -149,9 +150,7 @@ def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
     for key, value in list(info.items()):
         if key == 'keep_ckpt_ids':
             steps = [n for n in value if type(n) is int] if type(value) is list else []
-            info[key] = [
-                n for n in steps if own and is_own(hook.filename_tmpl.format(n))
-            ]
+            info[key] = [n for n in steps if is_own(template.format(n))]
         elif key == OUTDATED:
             info[key] = list(filter(is_own, value)) if type(value) is list else []
         elif key == 'last_ckpt' or str(key).startswith('best_ckpt'):

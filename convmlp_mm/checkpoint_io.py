@@ -160,7 +160,7 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
         dict[str, int]: Bytes by the name of the entry; none of the format before 1.6.
 
     Raises:
-        ValueError: If it is a TorchScript archive, or larger than the file.
+        ValueError: If it is a TorchScript archive, larger than the file, or ambiguous.
     """
     start, size = file.read(4), file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -173,8 +173,11 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
     whole = sum(entry.file_size for entry in entries)
     if whole > size or any(entry.compress_type for entry in entries):
         raise ValueError(f'its {size} bytes would become {whole}')
+    sizes = {entry.filename.partition('/')[2]: entry.file_size for entry in entries}
+    if len(sizes) < len(entries):
+        raise ValueError('entries of it have the same name')
     file.seek(0)
-    return {e.filename.partition('/')[2]: e.file_size for e in entries}
+    return sizes
 
 
 def _load_safely(
@@ -367,9 +370,12 @@ def locate_checkpoint(filename: str | os.PathLike) -> str:
     if filename.startswith(('http://', 'https://')):
         # One process of the job fetches; the others find it, unless they are
         # on a machine with another disk.
-        if is_main_process():
-            _download(filename)
-        barrier()
+        try:
+            if is_main_process():
+                _download(filename)
+        finally:
+            # Nobody may wait for a process that has failed.
+            barrier()
         return _download(filename)
     if '://' not in filename and not os.path.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')

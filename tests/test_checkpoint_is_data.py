@@ -87,6 +87,17 @@ def test_storage_cannot_reach_beyond_its_entry(tmp_path):
         read_checkpoint(path)
 
 
+def test_entries_of_one_name_are_refused(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save({'w': torch.ones(4)}, path)
+    with zipfile.ZipFile(path, 'a') as archive, pytest.warns(UserWarning, match='Dup'):
+        archive.writestr(
+            next(n for n in archive.namelist() if 'data/0' in n), b'0' * 64
+        )
+    with pytest.raises(ValueError, match='the same name'):
+        read_checkpoint(path)
+
+
 def with_pickle(path, code):
     """Write an archive whose content is made by these instructions of pickle."""
     torch.save({'w': torch.ones(4)}, path)

@@ -246,9 +246,9 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
 def saved(tmp_path):
     """A work dir whose newest checkpoint was written at second 1000."""
     path = tmp_path / 'epoch_1.pth'
-    meta = dict(epoch=1, iter=2)
-    content = dict(meta=meta, state_dict={}, optimizer={}, message_hub={})
-    torch.save(content, path)
+    content = dict(meta=dict(epoch=1, iter=2), state_dict=dict(a=torch.ones(1)))
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    torch.save(dict(content, optimizer={}, message_hub=hub), path)
     os.utime(path, (1000, 1000))
     (tmp_path / 'last_checkpoint').write_text(str(path))
     return str(path)

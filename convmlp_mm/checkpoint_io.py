@@ -13,21 +13,29 @@ import io
 import os
 import pickle
 import re
+import shutil
 import types
+import urllib.request
 import uuid
+import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import BinaryIO
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from mmengine import fileio
 from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from .zoo import ROOT, published_hash
+from .zoo import ROOT
 
 __all__ = [
+    'CheckpointError',
+    'check_content',
     'dump_checkpoint',
     'hash_file',
     'locate_checkpoint',
@@ -36,19 +44,27 @@ __all__ = [
 
 # The variable that names a folder with the authors' files.
 MIRROR = 'CONVMLP_WEIGHTS'
+# Seconds that a server may take to answer, and between two parts of a file.
+TIMEOUT = 60
 # The first digits stand in the names of published files (torch hub, OpenMMLab), where a
 # date may stand as well.
 HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')
+# Kinds of numbers, as numpy writes them.
+NUMBERS = ['b1', 'i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f2', 'f4', 'f8']
 
 
-def _history_buffer_attribute(owner: type, name: str) -> object:
-    """Stand-in for ``getattr`` in the logs that the Runner saves.
+class CheckpointError(ValueError):
+    """A file that cannot be used as the checkpoint that it is to be."""
 
-    ``getattr`` as such would let a pickle walk from any object to any other.
+
+def _dtype(kind: str, *_) -> np.dtype:
+    """Stand in for ``numpy.dtype``, of which other kinds can hold memory addresses.
+
+    numpy's own instances, unlike copies, ignore the state that a pickle gives them.
     """
-    if owner is HistoryBuffer and not name.startswith('_'):
-        return getattr(owner, name)
-    raise pickle.UnpicklingError(f'attribute {name!r} of {owner!r} is not allowed')
+    if kind not in NUMBERS:
+        raise pickle.UnpicklingError(f'numpy.dtype of {kind!r}')
+    return np.dtype(kind)
 
 
 def _runner_globals() -> dict[str, object]:
@@ -56,91 +72,162 @@ def _runner_globals() -> dict[str, object]:
     # numpy 1.26 has an almost empty _core.
     core = np._core if hasattr(getattr(np, '_core', None), 'multiarray') else np.core
     allowed = {
-        'builtins.getattr': _history_buffer_attribute,
+        # The statistics of a HistoryBuffer, which are not taken from the file.
+        'builtins.getattr': lambda owner, name: None,
         'builtins.slice': slice,
         'numpy.ndarray': np.ndarray,
-        'numpy.dtype': np.dtype,
+        'numpy.dtype': _dtype,
         f'{HistoryBuffer.__module__}.HistoryBuffer': HistoryBuffer,
     }
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed[f'{module}._reconstruct'] = core.multiarray._reconstruct
         allowed[f'{module}.scalar'] = core.multiarray.scalar
-    for scalar in (np.float32, np.float64, np.int64, np.uint32):
-        kind = type(np.dtype(scalar))
+    for kind in (type(np.dtype(number)) for number in NUMBERS):
         allowed[f'{kind.__module__}.{kind.__name__}'] = kind
     return allowed
 
 
+class _Skipped:
+    """Stands for an object that is left out, whatever a pickle does to it."""
+
+    def __init__(self, *args, **kwargs) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = add = __init__
+
+
 class _Unpickler(pickle.Unpickler):
-    """What ``weights_only=True`` is, for torch before 2.5, whose list is closed."""
+    """What ``weights_only=True`` is, for torch before 2.6, whose list is closed."""
+
+    # Bytes of each entry of the archive; names of what was left out, if it may be.
+    sizes: Mapping[str, int] = {}
+    skipped: list[str] | None = None
 
     def find_class(self, module: str, name: str) -> object:
         # torch.save writes the names of Python 2.
         key = f'{module.replace("__builtin__", "builtins")}.{name}'
+        fixed = {
+            'builtins.slice': slice,
+            'numpy.ndarray': np.ndarray,
+            'collections.OrderedDict': OrderedDict,
+            'torch.Size': torch.Size,
+        }
         allowed = {
             **_runner_globals(),
-            'collections.OrderedDict': OrderedDict,
             # Milestones of a MultiStepLR.
             'collections.Counter': Counter,
             '_codecs.encode': codecs.encode,
-            'torch.Size': torch.Size,
             'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
             'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
         }
+        if key in fixed:
+            return fixed[key]
+        # A pickle can set attributes of what it gets: never of the original.
         if key not in allowed:
-            raise pickle.UnpicklingError(f'WeightsUnpickler error: {key}')
-        return allowed[key]
+            if self.skipped is None:
+                raise pickle.UnpicklingError(f'WeightsUnpickler error: {key}')
+            self.skipped.append(key)
+            return type(name, (_Skipped,), {})
+        if allowed[key] is HistoryBuffer:
+            return type(name, (), {'__new__': lambda *_: HistoryBuffer()})
+        return partial(allowed[key])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # torch sets the function that finds a storage.
+        if name == 'persistent_load':
+            value = partial(self._load_storage, value)
+        super().__setattr__(name, value)
+
+    def _load_storage(self, load: Callable, key: tuple) -> object:
+        """Refuse what torch before 2.6 does not: source code, and too long storages."""
+        if key[0] not in ('storage', b'storage'):
+            raise pickle.UnpicklingError(f'{key[0]!r} in place of a storage')
+        size = self.sizes.get(f'data/{key[2]}')
+        if (
+            self.sizes
+            and size != key[4] * getattr(key[1], 'dtype', torch.uint8).itemsize
+        ):
+            raise pickle.UnpicklingError(f'storage {key[2]} has {size} bytes')
+        return load(key)
+
+
+def _check_archive(file: BinaryIO) -> dict[str, int]:
+    """Refuse an archive that torch would run, or that would grow.
+
+    Args:
+        file (BinaryIO): At its beginning, where it is left.
+
+    Returns:
+        dict[str, int]: Bytes by the name of the entry; none of the format before 1.6.
+
+    Raises:
+        ValueError: If it is a TorchScript archive, larger than the file, or ambiguous.
+    """
+    start, size = file.read(4), file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if start != b'PK\3\4':
+        return {}
+    # By torch's own reader: another may see other entries in the same file.
+    if 'constants.pkl' in torch._C.PyTorchFileReader(file).get_all_records():
+        raise ValueError('it is a TorchScript archive, which is a program')
+    entries = zipfile.ZipFile(file).infolist()
+    whole = sum(entry.file_size for entry in entries)
+    if whole > size or any(entry.compress_type for entry in entries):
+        raise ValueError(f'its {size} bytes would become {whole}')
+    sizes = {entry.filename.partition('/')[2]: entry.file_size for entry in entries}
+    if len(sizes) < len(entries):
+        raise ValueError('entries of it have the same name')
+    file.seek(0)
+    return sizes
 
 
 def _load_safely(
-    source: str | io.BytesIO, name: str, map_location: str | torch.device
+    file: BinaryIO,
+    name: str,
+    map_location: str | torch.device,
+    skipped: list[str] | None,
 ) -> object:
     if name.endswith('.safetensors'):
         # Of timm and Hugging Face; timm brings the reader.
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        content = source.read() if isinstance(source, io.BytesIO) else _bytes(source)
-        try:
-            loaded = load(content)
-        except SafetensorError as error:
-            raise ValueError(error) from error
+        loaded = load(file.read())
         return {key: value.to(map_location) for key, value in loaded.items()}
-    if hasattr(torch.serialization, 'safe_globals'):
+    sizes = _check_archive(file)
+    if not sizes:
+        # A file of the disk would also be tried as a tar archive, and unpacked.
+        file = io.BytesIO(file.read())
+    has_list = hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint')
+    if has_list and skipped is None:
         allowed = [(value, key) for key, value in _runner_globals().items()]
         with torch.serialization.safe_globals(allowed):
-            return torch.load(source, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True)
     module = types.ModuleType('restricted_pickle')
-    module.Unpickler = _Unpickler
-    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
-    return torch.load(source, map_location=map_location, pickle_module=module)
-
-
-def _bytes(path: str) -> bytes:
-    with open(path, 'rb') as file:
-        return file.read()
+    members = dict(sizes=sizes, skipped=skipped)
+    module.Unpickler = type('Unpickler', (_Unpickler,), members)
+    module.load = lambda file, **kwargs: module.Unpickler(file, **kwargs).load()
+    return torch.load(
+        file, map_location=map_location, pickle_module=module, weights_only=False
+    )
 
 
 def _check_hash(path: str, url: str) -> None:
-    """Compare a file with the SHA-256 that is known of its URL, if one is."""
-    expected = published_hash(url)
-    if expected is None:
-        match = HASH_IN_NAME.search(urlparse(url).path)
-        if match is None:
-            return
-        expected = match.group(1)
+    """Compare a file with the SHA-256 in its URL, if there is one."""
+    match = HASH_IN_NAME.search(urlparse(url).path)
+    if match is None:
+        return
     digest = hash_file(path)
-    if not digest.startswith(expected):
+    if not digest.startswith(match.group(1)):
         raise ValueError(
             f'{path!r}, which is to be {url}, has the SHA-256 {digest}, but '
-            f'{expected} is expected: it is damaged or another file'
+            f'{match.group(1)} is expected: it is damaged or another file'
         )
 
 
 def _download(url: str) -> str:
     """Return the path of ``url`` in torch hub's cache, fetching it once.
 
-    With a mirror, it is the path in there of what comes after ``ROOT``.
+    Names begin with the hash of the URL: many servers have a ``model.pth``. With a
+    mirror, it is the path in that of what comes after ``ROOT``.
     """
     mirror = os.environ.get(MIRROR)
     if mirror and url.startswith(ROOT):
@@ -152,6 +239,9 @@ def _download(url: str) -> str:
             )
     else:
         name = os.path.basename(urlparse(url).path)
+        if not name:
+            raise ValueError(f'{url} names a folder, not the file of a checkpoint')
+        name = f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}'
         path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
         if not os.path.exists(path):
             _fetch(url, path)
@@ -161,11 +251,19 @@ def _download(url: str) -> str:
 
 def _fetch(url: str, path: str) -> None:
     """Put a file into the cache if it is whole, safe and the right one."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f'{path}.{uuid.uuid4().hex}.new'
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    # With the ending of the name, by which the file is read.
+    temporary = os.path.join(folder, f'{uuid.uuid4().hex}.{name}')
+    request = urllib.request.Request(url, headers={'User-Agent': 'convmlp_mm'})
+    print_log(f'Fetching {url} to {path}', 'current')
     try:
         try:
-            torch.hub.download_url_to_file(url, temporary, progress=is_main_process())
+            with (
+                urllib.request.urlopen(request, timeout=TIMEOUT) as response,
+                open(temporary, 'wb') as file,
+            ):
+                shutil.copyfileobj(response, file)
         except OSError as error:
             instead = f'; {MIRROR} can name a folder that has it'
             raise OSError(
@@ -181,26 +279,78 @@ def _fetch(url: str, path: str) -> None:
             os.unlink(temporary)
 
 
-def _open(source: str | io.BytesIO, name: str, map_location: object) -> Mapping:
+def _open(
+    source: str | BinaryIO,
+    name: str,
+    map_location: object,
+    skipped: list[str] | None = None,
+) -> Mapping:
     """Read a file, and say of what is wrong with it what a user can use."""
-    try:
-        checkpoint = _load_safely(source, name, map_location)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # torch puts the object in question into the middle of much advice, which
-        # recommends to load it all the same.
-        lines = str(error).rpartition('WeightsUnpickler error:')[2].splitlines()
-        lines = [line for line in lines if line.strip() and 'weights_only' not in line]
-        reason = lines[0].strip() if lines else type(error).__name__
-        raise ValueError(
-            f'checkpoint {name!r} is not a file of plain weights, is cut '
-            f'short, or holds objects that are not allowed: {reason}'
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f'checkpoint {name!r} must hold a dict, but holds a '
-            f'{type(checkpoint).__name__}'
-        )
+    HistoryBuffer()
+    # Registered by the line above. A buffer that is unpickled brings its own.
+    shared = HistoryBuffer._statistics_methods
+    statistics = dict(shared)
+    file_name = source if isinstance(source, str) else name
+    with open(source, 'rb') if isinstance(source, str) else source as file:
+        try:
+            checkpoint = _load_safely(file, file_name, map_location, skipped)
+        except ImportError:
+            raise
+        # Unpickling damaged bytes can raise any exception.
+        except Exception as error:
+            # torch puts the object in question into the middle of much advice, which
+            # recommends to load it all the same.
+            _, forbidden, text = str(error).rpartition('WeightsUnpickler error:')
+            lines = [line.strip() for line in text.splitlines()]
+            lines = [line for line in lines if line and 'weights_only' not in line]
+            reason = lines[0] if lines else type(error).__name__
+            reason = reason.removeprefix('Unsupported global: GLOBAL ')
+            reason = re.split(r' was not an allowed|[.,]? Please', reason)[0]
+            if forbidden:
+                reason += '; tools/convert_weights.py takes the tensors alone'
+            raise CheckpointError(
+                f'checkpoint {name!r} is not a file of plain weights, is cut '
+                f'short, or holds objects that are not allowed: {reason}'
+            ) from error
+        finally:
+            shared.clear()
+            shared.update(statistics)
+    check_content(checkpoint, name)
     return checkpoint
+
+
+def check_content(checkpoint: object, name: str) -> None:
+    """Check that the parts of a checkpoint are dicts with names, as all code expects.
+
+    Args:
+        checkpoint (object): What a file holds.
+        name (str): What messages call it.
+
+    Raises:
+        CheckpointError: If they are not.
+    """
+    parts = {'': checkpoint}
+    if isinstance(checkpoint, Mapping):
+        for key in ('state_dict', 'ema_state_dict', 'meta', 'message_hub'):
+            if checkpoint.get(key) is not None:
+                parts[f' as {key}'] = checkpoint[key]
+        if isinstance(checkpoint.get('model'), Mapping):
+            parts[' as model'] = checkpoint['model']
+        meta = checkpoint.get('meta')
+        if isinstance(meta, Mapping) and meta.get('dataset_meta') is not None:
+            parts[' as meta.dataset_meta'] = meta['dataset_meta']
+    for where, part in parts.items():
+        if not isinstance(part, Mapping):
+            kind = type(part).__name__
+            raise CheckpointError(
+                f'checkpoint {name!r} must hold a dict{where}, but holds a {kind}'
+            )
+        for key in part:
+            if not isinstance(key, str):
+                raise CheckpointError(
+                    f'checkpoint {name!r} must hold a dict with names{where}, but one '
+                    f'of its keys is {key!r}'
+                )
 
 
 def locate_checkpoint(filename: str | os.PathLike) -> str:
@@ -220,9 +370,12 @@ def locate_checkpoint(filename: str | os.PathLike) -> str:
     if filename.startswith(('http://', 'https://')):
         # One process of the job fetches; the others find it, unless they are
         # on a machine with another disk.
-        if is_main_process():
-            _download(filename)
-        barrier()
+        try:
+            if is_main_process():
+                _download(filename)
+        finally:
+            # Nobody may wait for a process that has failed.
+            barrier()
         return _download(filename)
     if '://' not in filename and not os.path.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
@@ -246,7 +399,9 @@ def hash_file(path: str | os.PathLike) -> str:
 
 
 def read_checkpoint(
-    filename: str | os.PathLike, map_location: str | torch.device = 'cpu'
+    filename: str | os.PathLike,
+    map_location: str | torch.device = 'cpu',
+    skipped: list[str] | None = None,
 ) -> dict:
     """Read a checkpoint without running code that it may carry.
 
@@ -257,6 +412,9 @@ def read_checkpoint(
             ``CONVMLP_WEIGHTS`` names stands in for the authors' server.
         map_location (str | torch.device): Where the tensors go. Defaults to
             ``'cpu'``.
+        skipped (list[str], optional): Objects other than tensors and the Runner's
+            own records are left out, and their classes added to this list. By
+            default they are an error.
 
     Returns:
         dict: What the file holds.
@@ -264,17 +422,17 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: If there is no such file.
         OSError: If a URL cannot be fetched.
-        ValueError: If the file is not a checkpoint, is cut short, or holds
-            objects other than tensors and the Runner's own records; if the
-            file of a URL has not the SHA-256 that the zoo or the end of its
-            name says (``-`` and eight digits or more). What is refused does
-            not enter the cache.
+        CheckpointError: If the file is not a checkpoint, is cut short, or holds
+            objects other than tensors and the Runner's own records.
+        ValueError: If the file of a URL has not the SHA-256 that the end of its name
+            says (``-`` and eight digits or more). What is refused does not enter
+            the cache.
     """
     filename = os.path.expanduser(os.fspath(filename))
     source = locate_checkpoint(filename)
     if '://' in source:
         source = io.BytesIO(fileio.get(filename))
-    return _open(source, filename, map_location)
+    return _open(source, filename, map_location, skipped)
 
 
 def dump_checkpoint(checkpoint: Mapping) -> bytes:
@@ -292,9 +450,12 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
     """
 
     def whole(value: object) -> object:
-        # A tensor may be a part of a larger one, all of which would be saved.
+        # A tensor may be a part of a larger one, all of which would be saved, and an
+        # expanded one much larger than what is saved of it.
         if isinstance(value, torch.Tensor):
-            return value.detach().clone()
+            value = value.detach()
+            stored = value.untyped_storage().nbytes()
+            return value.clone() if value.nbytes < stored else value
         if isinstance(value, Mapping):
             return {key: whole(item) for key, item in value.items()}
         return value

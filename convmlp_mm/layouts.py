@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = [
     'name_as_model',
+    'say_taken',
     'some_of',
     'tensors_of',
     'to_mm_layout',
@@ -34,11 +35,32 @@ def tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
     Returns:
         dict[str, Tensor]: As they are named there.
     """
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    return {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
+    return _tensors(checkpoint.get(_taken(checkpoint), checkpoint))
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    items = content.items() if isinstance(content, Mapping) else ()
+    return {key: value for key, value in items if isinstance(value, Tensor)}
+
+
+def _taken(checkpoint: Mapping) -> str | None:
+    """Return the key that the tensors are under."""
+    keys = ('state_dict', 'model')
+    return next((k for k in keys if isinstance(checkpoint.get(k), Mapping)), None)
+
+
+def say_taken(checkpoint: Mapping) -> str:
+    """Say which tensors are taken where a checkpoint holds several sets of them.
+
+    Args:
+        checkpoint (Mapping): See :func:`tensors_of`.
+
+    Returns:
+        str: To be added to a message; empty if there is one set.
+    """
+    taken = _taken(checkpoint)
+    others = [k for k, v in checkpoint.items() if k != taken and _tensors(v)]
+    return f', taken from {taken!r}, not from {some_of(others)}' if others else ''
 
 
 def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -66,9 +88,15 @@ def without_module(checkpoint: Mapping) -> dict[str, Tensor]:
 
     Returns:
         dict[str, Tensor]: By their names without ``module.``.
+
+    Raises:
+        ValueError: If a tensor stands there with the prefix and without.
     """
     state_dict = tensors_of(checkpoint)
-    return {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    found = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    if len(found) < len(state_dict):
+        raise ValueError('tensors stand twice in the checkpoint, with "module." before')
+    return found
 
 
 def _rename_classifier(key: str) -> str:

@@ -2,38 +2,47 @@
 
 mmengine loads weights as far as names and shapes match and warns about the
 rest. The functions here stop instead: a file either has every tensor of the
-backbone, or nothing is loaded and the error says what is wrong. They know
-names and shapes only, nothing of the backbone's code.
+backbone, with numbers of the right kind, or nothing is loaded and the error says
+what is wrong. They know names, shapes and values only, nothing of the backbone's code.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_io import read_checkpoint
+from .checkpoint_io import CheckpointError, read_checkpoint
 from .layouts import (
     BACKBONE,
     BACKBONE_PREFIXES,
     name_as_model,
+    say_taken,
     some_of,
     tensors_of,
     without_module,
 )
 
 __all__ = [
+    'check_tensors',
     'describe_arch',
     'extract_backbone',
+    'find_not_finite',
     'fit_checkpoint',
     'load_backbone_weights',
 ]
 
 # What a classifier's checkpoint holds beyond the feature extractor.
 HEAD_PREFIXES = ('head.', 'norm.')
+# Switches of the backbone, and names of tensors that are there when they are on or off.
+SWITCHES = {
+    'conv_stage': ('conv_stages.conv_blocks.', 'conv_stages.blocks.'),
+    'conv_downsample': ('.downsample_mlp.downsample.', '.downsample_mlp.reduction.'),
+    'depthwise_conv': ('.connect.', None),
+}
 
 
 def extract_backbone(checkpoint: Mapping, prefix: str | None = None) -> dict:
@@ -95,17 +104,18 @@ def load_backbone_weights(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a tensor of the backbone is missing or has another
-            shape, or if the file has tensors that belong neither to the
-            backbone nor to a classifier's head.
+        ValueError: If a tensor of the backbone is missing, has another shape or
+            kind of numbers, or NaN or Inf in it; if the file has tensors that
+            belong neither to the backbone nor to a classifier's head.
     """
-    found = extract_backbone(read_checkpoint(checkpoint, map_location), prefix)
+    content = read_checkpoint(checkpoint, map_location)
+    found = extract_backbone(content, prefix)
     loaded, message = _compare(
         model, found, model.state_dict(), checkpoint, _is_expected_extra
     )
     # Not strict only for what the comparison has let through.
     model.load_state_dict(loaded, strict=False)
-    return message
+    return message + say_taken(content)
 
 
 def fit_checkpoint(
@@ -114,6 +124,7 @@ def fit_checkpoint(
     name: str | os.PathLike,
     partial: bool = False,
     skip_heads: bool = True,
+    exact: bool = False,
 ) -> tuple[dict[str, Tensor], str]:
     """Give a checkpoint the names of a model and keep what the model has.
 
@@ -130,18 +141,21 @@ def fit_checkpoint(
             to False.
         skip_heads (bool): Whether a head with another number of classes is
             left out, and stays random. Defaults to True.
+        exact (bool): Whether nothing may be skipped, as when a run is resumed.
+            Defaults to False.
 
     Returns:
         tuple[dict, str]: The tensors that fit, and one line that says how
         many they are and what was skipped.
 
     Raises:
-        ValueError: If a tensor of the backbone is missing or has another
-            shape, or the file has one that the backbone does not know; the
-            message names them and the architecture that the file seems to
-            have. Without ``partial`` also if other tensors are missing.
+        ValueError: If a tensor of the backbone is missing, has another shape or
+            kind of numbers, or NaN or Inf in it, or the file has one that the
+            backbone does not know; the message names them and the architecture
+            that the file seems to have. Without ``partial`` also if other
+            tensors are missing.
     """
-    expected = model.state_dict()
+    expected = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     if f'{BACKBONE}tokenizer.block.0.weight' in expected:
         found = name_as_model(checkpoint)
     else:
@@ -152,8 +166,10 @@ def fit_checkpoint(
         key
         for key in found.keys() & expected.keys()
         if skip_heads
+        and not exact
         and 'head' in key
         and not key.startswith(BACKBONE)
+        and _is_plain(found[key])
         and found[key].shape != expected[key].shape
         and found[key].shape[1:] == expected[key].shape[1:]
     ]
@@ -167,7 +183,7 @@ def fit_checkpoint(
 
     def may_be_skipped(key: str, _: Iterable[str]) -> bool:
         name = key.removeprefix(BACKBONE)
-        return name == key or _is_expected_extra(name, built)
+        return not exact and (name == key or _is_expected_extra(name, built))
 
     left_out = {*heads, *absent}
     loaded, message = _compare(
@@ -181,7 +197,118 @@ def fit_checkpoint(
         message += f', skipped for another number of classes {some_of(heads)}'
     if absent:
         message += f', not in the file {some_of(absent)}'
-    return loaded, message
+    return loaded, message + say_taken(checkpoint)
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor has its numbers one after the other."""
+    special = value.is_quantized or value.is_nested or value.is_meta
+    return value.layout is torch.strided and not special
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype is torch.bool or dtype.is_complex:
+        return str(dtype)
+    return 'floating point' if dtype.is_floating_point else 'integer'
+
+
+def find_not_finite(content: object, name: str = '') -> Iterator[str]:
+    """Find tensors with NaN or Inf in them, in nested dicts and lists.
+
+    Args:
+        content (object): A tensor, a state dict or the like.
+        name (str): What it is called.
+
+    Yields:
+        str: Dotted names. A matrix of zeros and -Inf, which is the mask of an
+        attention, is none of them.
+    """
+    if isinstance(content, Mapping):
+        content = content.items()
+    elif isinstance(content, (list, tuple)):
+        content = enumerate(content)
+    elif isinstance(content, Tensor) and content.is_floating_point():
+        value, storage = content.detach(), content.untyped_storage()
+        if value.nbytes > storage.nbytes():
+            # An expanded tensor could be of any size.
+            value = value.new_empty(0).set_(storage)
+        # torch.isfinite knows no numbers of 8 bits.
+        value = value if value.itemsize > 1 else value.float()
+        if not value.isfinite().all():
+            zero = value == 0
+            mask = value.ndim > 1 and zero.any() and (zero | value.isneginf()).all()
+            if not mask:
+                yield name
+        return
+    else:
+        return
+    for key, value in content:
+        yield from find_not_finite(value, f'{name}.{key}' if name else str(key))
+
+
+def _find_flaws(
+    found: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> list[tuple[str, list[str]]]:
+    """Find tensors that cannot be weights, whatever their names and shapes are.
+
+    Args:
+        found (Mapping): Tensors by name.
+        dtypes (Mapping): What they are to become, as far as that is known.
+
+    Returns:
+        list[tuple]: What is wrong, and the names of which this holds.
+    """
+    plain = {key: value for key, value in found.items() if _is_plain(value)}
+    kinds = [
+        f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
+        for key, value in plain.items()
+        if key in dtypes and _kind(value.dtype) != _kind(dtypes[key])
+    ]
+    # Too large a number becomes Inf where there is less room for it.
+    narrow = {
+        key: value.to(dtypes[key])
+        for key, value in plain.items()
+        if key in dtypes
+        and value.is_floating_point()
+        and value.itemsize > dtypes[key].itemsize
+    }
+    return [
+        ('sparse, quantised or without data', [k for k in found if k not in plain]),
+        ('of another kind of numbers', kinds),
+        ('with NaN or Inf', list(find_not_finite({**plain, **narrow}))),
+    ]
+
+
+def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
+    """Check tensors that no model is there to be compared with.
+
+    Args:
+        found (Mapping): Tensors by the names that they have in the toolkits.
+        name (str | PathLike): What messages call the file.
+
+    Raises:
+        ValueError: If one of them is sparse, quantised or without data, has NaN or Inf
+            in it, or is of a backbone and has another kind of numbers.
+    """
+    tops = tuple(BACKBONE + top for top in BACKBONE_PREFIXES)
+    counter = 'num_batches_tracked'
+    dtypes = {
+        key: torch.int64 if key.endswith(counter) else torch.float64
+        for key in found
+        if key.startswith(tops)
+    }
+    problems = _list_problems(_find_flaws(found, dtypes))
+    if problems:
+        raise CheckpointError(
+            f'checkpoint {os.fspath(name)!r} cannot be used: {problems}'
+        )
+
+
+def _list_problems(problems: Iterable[tuple[str, list[str]]]) -> str:
+    found = [
+        f'{len(names)} {what}: {some_of(names)}' for what, names in problems if names
+    ]
+    return '; '.join(found)
 
 
 def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
@@ -209,12 +336,24 @@ def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
             depths=tuple(count(rf'stages\.{i}\.blocks\.\d+\.') for i in stages),
             mlp_ratios=tuple(len(layer) / layer.shape[1] for layer in layers),
         )
-    except KeyError:
+    except (IndexError, KeyError, TypeError):
         return None
 
 
+def _read_switches(names: Iterable[str]) -> dict[str, bool]:
+    """Read off the names of a backbone's tensors which of its parts are there."""
+    names = list(names)
+    has = {
+        key: [any(part and part in name for name in names) for part in parts]
+        for key, parts in SWITCHES.items()
+    }
+    # Without depth-wise convolutions, there are blocks all the same.
+    has['depthwise_conv'][1] = not has['depthwise_conv'][0]
+    return {key: on for key, (on, off) in has.items() if on != off}
+
+
 def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
-    """Name both architectures, if they are not the same."""
+    """Name both architectures and settings, if they are not the same."""
     backbone = getattr(model, 'backbone', model)
     if backbone is not model:
         found = {
@@ -223,20 +362,32 @@ def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
             if k.startswith(BACKBONE)
         }
     there, here = describe_arch(found), getattr(backbone, 'arch', None)
-    if there is None or here is None or there == here:
+    if there is None or here is None:
         return ''
-    names = {
-        id(arch): next(
-            (
-                f'ConvMLP-{k.upper()}'
-                for k, v in backbone.arch_settings.items()
-                if v == arch
-            ),
-            f'a custom ConvMLP ({arch})',
-        )
-        for arch in (there, here)
+    built = _read_switches(backbone.state_dict())
+    switches = {
+        key: value
+        for key, value in _read_switches(found).items()
+        if built.get(key, value) != value
     }
-    return f'. The file is {names[id(there)]}; the configuration says {names[id(here)]}'
+    if 'conv_stage' in switches:
+        # The tensors do not tell how many blocks the other has.
+        there['conv_blocks'] = here['conv_blocks']
+    pairs = [
+        (f'{key}={value}', f'{key}={not value}') for key, value in switches.items()
+    ]
+    if there != here:
+        pairs.insert(0, (_name_arch(backbone, there), _name_arch(backbone, here)))
+    if not pairs:
+        return ''
+    of_file, configured = (', '.join(texts) for texts in zip(*pairs))
+    return f'. The file is {of_file}; the configuration says {configured}'
+
+
+def _name_arch(backbone: nn.Module, arch: Mapping) -> str:
+    names = (k for k, v in backbone.arch_settings.items() if v == arch)
+    name = next(names, None)
+    return f'ConvMLP-{name.upper()}' if name else f'a custom ConvMLP ({arch})'
 
 
 def _compare(
@@ -253,37 +404,38 @@ def _compare(
         for key in expected
         if key not in found and not key.endswith('num_batches_tracked')
     ]
+    both = {key: found[key] for key in expected if key in found}
+    dtypes = {key: expected[key].dtype for key in both}
     misshapen = [
-        f'{key} ({tuple(found[key].shape)} in the file, {tuple(tensor.shape)} here)'
-        for key, tensor in expected.items()
-        if key in found and found[key].shape != tensor.shape
+        f'{key} ({tuple(value.shape)} in the file, {tuple(expected[key].shape)} here)'
+        for key, value in both.items()
+        if _is_plain(value) and value.shape != expected[key].shape
     ]
     extra = [key for key in found if key not in expected]
     skipped = [key for key in extra if may_be_skipped(key, expected)]
     unknown = [key for key in extra if key not in skipped]
-    problems = [
-        f'{len(names)} {what}: {some_of(names)}'
-        for what, names in (
+    problems = _list_problems(
+        [
             ('missing', missing),
             ('of another shape', misshapen),
             ('unknown', unknown),
-        )
-        if names
-    ]
+            *(_find_flaws(both, dtypes) if not misshapen else ()),
+        ]
+    )
     if problems:
-        raise ValueError(
+        raise CheckpointError(
             f'checkpoint {os.fspath(name)!r} does not fit this '
             f'{type(model).__name__}; of its {len(expected)} tensors and the '
-            f'{len(found)} in the file, '
-            + '; '.join(problems)
-            + _explain_arch(model, found)
+            f'{len(found)} in the file, {problems}{_explain_arch(model, found)}'
         )
-    loaded = {key: found[key] for key in expected if key in found}
     message = (
-        f'{type(model).__name__}: loaded {len(loaded)} of '
+        f'{type(model).__name__}: loaded {len(both)} of '
         f'{len(model.state_dict())} tensors from {os.fspath(name)}'
     )
-    return loaded, message + (f', skipped {some_of(skipped)}' if skipped else '')
+    converted = {str(v.dtype) for k, v in both.items() if v.dtype != dtypes[k]}
+    if converted:
+        message += f', converted from {some_of(sorted(converted))}'
+    return both, message + (f', skipped {some_of(skipped)}' if skipped else '')
 
 
 def _is_expected_extra(key: str, expected: Iterable[str]) -> bool:

@@ -21,7 +21,6 @@ __all__ = [
     'config_path',
     'list_models',
     'open_scope',
-    'published_hash',
     'published_weights',
 ]
 
@@ -119,21 +118,6 @@ def published_weights(name: str) -> str:
             + ', '.join(n for n, entry in _entries().items() if 'Weights' in entry)
         )
     return weights
-
-
-def published_hash(url: str) -> str | None:
-    """Return the SHA-256 that a metafile states of the file at a URL.
-
-    Args:
-        url (str): The URL.
-
-    Returns:
-        str, optional: ``SHA256`` of the model whose ``Weights`` it is; None
-        if there is none.
-    """
-    return next(
-        (e.get('SHA256') for e in _entries().values() if e.get('Weights') == url), None
-    )
 
 
 def open_scope() -> None:

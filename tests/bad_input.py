@@ -1,5 +1,6 @@
 """What users get wrong: the table of test_bad_input.py."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -316,22 +317,42 @@ CHECKPOINTS = [
     case('predictions in another format', DET, ['--out must end with .pkl', 'a.json'],
          tool=TEST, spoil=checkpoint({}),
          arguments=lambda paths: ['--out', 'a.json']),
+    *(case(f'{what} in a checkpoint', DET, ["weights.pth'", *words], tool=TEST,
+           spoil=checkpoint(content)) for what, words, content in (
+        ('numbers as names', ['names as state_dict', 'is 1'],
+         dict(state_dict={1: torch.ones(1)})),
+        ('list of weights', ['a dict as state_dict, but holds a list'],
+         dict(state_dict=[torch.ones(1)])),
+        ('list of records', ['a dict as meta, but holds a list'],
+         dict(state_dict={}, meta=[1])),
+        ('options of timm', ['argparse.Namespace', 'convert_weights.py takes the tens'],
+         dict(state_dict={}, args=argparse.Namespace())),
+    )),
 ]
 
 
-def train_before(change=None, forget=()):
-    """Leave the checkpoint of a run, with other steps noted in it, or without notes."""
+def spoil_run(function):
+    """Leave the checkpoint of a run, changed by a function."""
 
     def spoil(paths):
         paths.train()
         path = paths.work / 'epoch_1.pth'
         content = torch.load(path, weights_only=False)
-        content['meta']['step_size'].update(change or {})
-        for key in forget:
-            del content['meta'][key]
+        function(content)
         torch.save(content, path)
 
     return spoil
+
+
+def train_before(change=None, forget=()):
+    """Leave the checkpoint of a run, with other steps noted in it, or without notes."""
+
+    def note(content):
+        content['meta']['step_size'].update(change or {})
+        for key in forget:
+            del content['meta'][key]
+
+    return spoil_run(note)
 
 
 def resume(paths):
@@ -380,6 +401,21 @@ def damage(paths):
     for name in ('epoch_1.pth', 'epoch_2.pth'):
         (paths.work / name).write_bytes(b'PK')
     (paths.work / 'last_checkpoint').write_text(str(paths.work / 'epoch_2.pth'))
+
+
+def rename_backbone(content):
+    state = content['state_dict']
+    for key in [key for key in state if key.startswith('backbone.')]:
+        state[f'former_{key}'] = state.pop(key)
+
+
+def resume_by_name(paths):
+    return ['--resume', paths.work / 'epoch_1.pth']
+
+
+def to_integers(content):
+    state, key = content['state_dict'], 'backbone.tokenizer.block.0.weight'
+    state[key] = state[key].to(torch.int8)
 
 
 RUNS = [
@@ -432,6 +468,13 @@ RUNS = [
          during=another_run,
          spoil=lambda paths: (paths.work.mkdir(), (paths.work / '.lock').write_text(
              'process 7 of there since noon: train.py'))),
+    case('resume from other names', DET, ["epoch_1.pth'", 'missing: backbone.tok'],
+         arguments=resume_by_name, spoil=spoil_run(rename_backbone)),
+    case('resume from integers', DET, ["epoch_1.pth'", 'kind of numbers', 'torch.int8'],
+         arguments=resume_by_name, spoil=spoil_run(to_integers)),
+    case('resume from a damaged position', DET, ["epoch_1.pth'", 'exact_resume'],
+         arguments=resume_by_name,
+         spoil=spoil_run(lambda c: c['exact_resume'].update(batches=-3))),
 ]
 CASES = [*CONFIGURATIONS, *FILES, *ANNOTATIONS, *IMAGES, *CHECKPOINTS, *RUNS]
 # fmt: on

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -237,7 +238,8 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
 
 def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
     built = []
-    build = lambda cfg: built.append(cfg) or Mock()  # noqa: E731
+    runner = SimpleNamespace(hooks=[], register_hook=lambda hook: None)
+    build = lambda cfg: built.append(cfg) or runner  # noqa: E731
     monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', build)
     monkeypatch.setattr('convmlp_mm.cli.runner._prepare_gloo', lambda cfg: None)
     strategy = dict(type='FullStateFSDPStrategy')
@@ -254,7 +256,9 @@ def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monke
 def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypatch):
     init = Mock()
     monkeypatch.setattr('convmlp_mm.cli.runner.init_dist', init)
-    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', Mock())
+    monkeypatch.setattr(
+        'convmlp_mm.cli.runner.RUNNERS.build', Mock(return_value=Mock(hooks=[]))
+    )
     monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cuda')
     for name, value in dict(CONVMLP_MM_STORE='/x/0', RANK='1', WORLD_SIZE='2').items():
         monkeypatch.setenv(name, value)

@@ -111,7 +111,7 @@ def test_weights_that_are_spoilt_after_the_loss_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError) as stop:
         runner.train()
     assert str(stop.value) == (
-        'iteration 2: NaN in the weights layer.bias, which are not saved; the last '
+        'iteration 2: NaN or Inf in layer.bias; nothing is saved, and the last '
         f'checkpoint before it is {tmp_path}/iter_1.pth'
     )
     assert saved(tmp_path) == ['iter_1.pth']

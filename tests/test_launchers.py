@@ -357,7 +357,9 @@ def test_restart_goes_on_from_what_this_launch_saved(
 ):
     saved = tmp_path / 'epoch_1.pth'
     meta = dict(epoch=1, iter=2, launch='this')
-    torch.save(dict(meta=meta, state_dict={}, optimizer={}, message_hub={}), saved)
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    content = dict(meta=meta, state_dict=dict(a=torch.ones(1)), message_hub=hub)
+    torch.save(dict(content, optimizer={}), saved)
     # The clock has gone back, or that of the file server differs.
     os.utime(saved, (1000, 1000))
     (tmp_path / 'last_checkpoint').write_text(str(saved))

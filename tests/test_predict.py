@@ -45,7 +45,8 @@ def weights(tmp_path_factory):
         if not path.exists():
             state = get_model(name).state_dict()
             drawn = {
-                key: draw(key, value.shape).float() for key, value in state.items()
+                key: draw(key, value.shape).to(value.dtype)
+                for key, value in state.items()
             }
             torch.save(drawn, path)
         return path

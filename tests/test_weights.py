@@ -24,7 +24,7 @@ from published import (
 from safetensors.torch import save_file
 from torch import nn
 
-from convmlp_mm import ConvMLP, get_model, zoo
+from convmlp_mm import ConvMLP, get_model
 from convmlp_mm.checkpoint_io import read_checkpoint
 from convmlp_mm.cli import read_weights_only
 from convmlp_mm.layouts import to_mm_layout, to_published_layout
@@ -199,8 +199,7 @@ class Reach:
 
 
 def test_getattr_of_runner_logs_reaches_nothing_else(save):
-    with pytest.raises(ValueError, match='not allowed'):
-        read_checkpoint(save(dict(state_dict={}, log=Reach())))
+    assert read_checkpoint(save(dict(log=Reach()))) == dict(log=None)
 
 
 def test_truncated_file_is_refused(published, save):
@@ -249,7 +248,8 @@ def test_url_is_fetched_once_into_the_cache(published, save, served):
     assert_loaded(model, published)
     path.unlink()
     assert read_checkpoint(f'{url}/weights.pth').keys() == published.keys()
-    assert [p.name for p in cache.iterdir()] == ['weights.pth']
+    (cached,) = cache.iterdir()
+    assert cached.name.endswith('-weights.pth')
 
 
 def damage(path, how, tmp_path):
@@ -281,32 +281,19 @@ def test_broken_download_leaves_nothing_behind(
     assert not (tmp_path / 'ran').exists()
 
 
-@pytest.mark.parametrize('known_by', ['name', 'zoo'])
-def test_download_is_checked_against_its_hash(
-    published, save, served, monkeypatch, known_by
-):
+def test_download_is_checked_against_the_hash_in_its_name(published, save, served):
     url, folder, cache = served
     path = save(published)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    names = {True: 'right.pth', False: 'wrong.pth'}
-    if known_by == 'name':
-        names = {True: f'w-{digest[:8]}.pth', False: 'w-0badc0de.pth'}
-    else:
-        entries = {
-            str(right): dict(
-                Weights=f'{url}/{name}', SHA256=digest if right else '0badc0de'
-            )
-            for right, name in names.items()
-        }
-        monkeypatch.setattr(zoo, '_entries', lambda: entries)
+    names = {True: f'w-{digest[:8]}.pth', False: 'w-0badc0de.pth'}
     for name in names.values():
         (folder / name).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=f'SHA-256 {digest}, but 0badc0de is expected'):
         read_checkpoint(f'{url}/{names[False]}')
     assert read_checkpoint(f'{url}/{names[True]}').keys() == published.keys()
-    assert [p.name for p in cache.iterdir()] == [names[True]]
+    (cached,) = cache.iterdir()
     # Somebody else may have written to the cache.
-    (cache / names[True]).write_bytes(b'else')
+    cached.write_bytes(b'else')
     with pytest.raises(ValueError, match='damaged or another file'):
         read_checkpoint(f'{url}/{names[True]}')
 

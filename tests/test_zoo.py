@@ -209,11 +209,11 @@ def test_weights_by_name_are_fetched_from_the_zoo(published, monkeypatch, tmp_pa
     path, checkpoint = published
     fetched = []
 
-    def fetch(url, target, progress=True):
-        fetched.append(url)
-        Path(target).write_bytes(path.read_bytes())
+    def fetch(request, timeout):
+        fetched.append(request.full_url)
+        return path.open('rb')
 
-    monkeypatch.setattr('torch.hub.download_url_to_file', fetch)
+    monkeypatch.setattr('urllib.request.urlopen', fetch)
     monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
     model = convmlp_mm.get_model('convmlp_s_imagenet', pretrained=True)
     root = 'https://shi-labs.com/projects/convmlp/checkpoints'

@@ -4,15 +4,30 @@
 For classifiers the names differ; detectors and segmentors of mmdetection 2.x and
 mmsegmentation 0.x differ in what stands beside the weights. Tensors are copied bit by
 bit. No tool of this package needs it: they all read both layouts.
+
+Files that hold objects beside tensors, as timm's with their options, are refused by all
+other tools. This one reads them too, without what the objects are or do.
 """
 
 import argparse
 import os.path as osp
+from collections.abc import Mapping
 
-from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
+from convmlp_mm.checkpoint_io import (
+    CheckpointError,
+    check_content,
+    dump_checkpoint,
+    read_checkpoint,
+)
 from convmlp_mm.cli import one_line_errors
 from convmlp_mm.files import check_output, write_file
-from convmlp_mm.layouts import to_mm_layout, to_published_layout
+from convmlp_mm.layouts import (
+    name_as_model,
+    say_taken,
+    to_mm_layout,
+    to_published_layout,
+)
+from convmlp_mm.weights import check_tensors
 
 LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
 
@@ -29,6 +44,11 @@ def parse_args() -> argparse.Namespace:
         'published: as the authors do (default: %(default)s)',
     )
     parser.add_argument(
+        '--key',
+        help='take the tensors under this key, for instance state_dict_ema, where '
+        'timm keeps the average (default: state_dict or model)',
+    )
+    parser.add_argument(
         '--overwrite', action='store_true', help='replace OUT if it is there'
     )
     return parser.parse_args()
@@ -38,14 +58,29 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         check_output(args.out, args.overwrite)
-        checkpoint = read_checkpoint(args.checkpoint)
+        skipped = []
+        checkpoint = read_checkpoint(args.checkpoint, skipped=skipped)
+        if args.key:
+            if not isinstance(checkpoint.get(args.key), Mapping):
+                raise KeyError(
+                    f'checkpoint {args.checkpoint!r} has no dict {args.key!r}, but '
+                    f'{", ".join(checkpoint)}'
+                )
+            checkpoint = dict(checkpoint, state_dict=checkpoint.pop(args.key))
+            check_content(checkpoint, args.checkpoint)
         try:
             converted = LAYOUTS[args.to](checkpoint)
+            check_tensors(name_as_model(converted), args.checkpoint)
+        except CheckpointError:
+            raise
         except ValueError as error:
             raise ValueError(f'checkpoint {args.checkpoint!r}: {error}') from error
         write_file(args.out, dump_checkpoint(converted), args.overwrite)
     tensors = converted.get('state_dict', converted)
-    print(f'wrote {args.out}: {len(tensors)} tensors, layout {args.to!r}')
+    taken = say_taken(checkpoint)
+    print(f'wrote {args.out}: {len(tensors)} tensors, layout {args.to!r}{taken}')
+    if skipped:
+        print(f'left out: objects of {", ".join(dict.fromkeys(skipped))}')
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ import torch
 from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
 from convmlp_mm.cli import one_line_errors
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.weights import check_tensors
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +40,8 @@ def publish(filename: str, out: str) -> tuple[str, bytes]:
         isinstance(value, torch.Tensor) for value in state_dict.values()
     ):
         raise ValueError(f'checkpoint {filename!r} holds no state dict of tensors')
-    meta = checkpoint.get('meta', {})
+    check_tensors(state_dict, filename)
+    meta = checkpoint.get('meta') or {}
     kept = {key: meta[key] for key in ('dataset_meta', 'CLASSES') if key in meta}
     content = dump_checkpoint(dict(state_dict=state_dict, meta=kept))
     digest = hashlib.sha256(content).hexdigest()

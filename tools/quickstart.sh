@@ -29,12 +29,14 @@ bash "$tools/dist_train.sh" "$config" 1 --work-dir "$out/train" "${options[@]}"
 echo '== 3/3 evaluating on pictures that it has not seen, and drawing'
 checkpoint=$(cat "$out/train/last_checkpoint")
 bash "$tools/dist_test.sh" "$config" "$checkpoint" 1 --work-dir "$out/test" \
-    --out "$out/predictions.pkl" "${options[@]}" 2>&1 | tee "$out/test.log"
+    "${options[@]}" "test_evaluator.outfile_prefix=$out/predictions" 2>&1 |
+    tee "$out/test.log"
 # A detector that finds nothing is not given a figure.
 ap50=$(grep -o 'bbox_mAP_50: [0-9.]*' "$out/test.log" | tail -n 1 || true)
 ap50=${ap50:-bbox_mAP_50: 0 (nothing found)}
-python "$tools/show_detections.py" "$out/predictions.pkl" \
-    "$data/coco/annotations/instances_val2017.json" "$out/detections.png" \
+python "$tools/show_detections.py" "$out/predictions.bbox.json" \
+    "$data/coco/annotations/instances_val2017.json" "$data/coco/val2017" \
+    "$out/detections.png" \
     --title "ConvMLP-S + RetinaNet, generated validation set, ${ap50/bbox_mAP_50/AP50}"
 
 echo

@@ -1,11 +1,14 @@
 #!/usr/bin/env python
 """Draw ground truth and detections side by side on one sheet.
 
-The input is what ``tools/test.py --out`` has dumped, so that nothing is computed
-twice and what is drawn is what was evaluated.
+The input is what mmdet's CocoMetric has written in its evaluation, so that nothing is
+computed twice and what is drawn is what was evaluated::
+
+    tools/test.py ... --cfg-options test_evaluator.outfile_prefix=out/predictions
 """
 
 import argparse
+import json
 import math
 import os.path as osp
 
@@ -14,8 +17,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import mmcv
-import mmengine
 import numpy as np
+from pycocotools.coco import COCO
 
 from convmlp_mm.cli import one_line_errors
 
@@ -24,60 +27,60 @@ PANEL_INCHES = 2.6
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    path = dict(type=osp.expanduser)
+    parser.add_argument('predictions', help='.bbox.json of CocoMetric', **path)
     parser.add_argument(
-        'predictions', type=osp.expanduser, help='file written by tools/test.py --out'
+        'annotations', help='COCO annotation file of the same images', **path
     )
-    parser.add_argument(
-        'annotations', type=osp.expanduser, help='COCO annotation file, for class names'
-    )
-    parser.add_argument('out', type=osp.expanduser, help='picture to write, .png')
+    parser.add_argument('images', help='folder of the images', **path)
+    parser.add_argument('out', help='picture to write, .png', **path)
     parser.add_argument('--num', type=int, default=6, help='pictures to show')
     parser.add_argument('--score-thr', type=float, default=0.4)
     parser.add_argument('--title', default='')
     return parser.parse_args()
 
 
-def class_names(annotations: str) -> list[str]:
-    """Names by label: mmdet numbers the categories in the order of the file."""
-    return [c['name'] for c in mmengine.load(annotations)['categories']]
-
-
-def draw(axes, image: np.ndarray, boxes, labels, texts) -> None:
-    """Draw boxes (N, 4) as x1, y1, x2, y2 in pixels of the image."""
+def draw(axes, image: np.ndarray, records: list[dict], names: dict[int, str]) -> None:
+    """Draw COCO's boxes, which are x, y, width and height in pixels of the image."""
     axes.imshow(image, interpolation='bilinear')
     axes.set_axis_off()
     colours = plt.get_cmap('tab10').colors
-    for box, label, text in zip(boxes, labels, texts):
-        x1, y1, x2, y2 = box
-        colour = colours[label % len(colours)]
+    for record in records:
+        x, y, width, height = record['bbox']
+        label = record['category_id']
+        colour = colours[list(names).index(label) % len(colours)]
+        score = f' {record["score"]:.2f}' if 'score' in record else ''
         axes.add_patch(
-            plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.6)
+            plt.Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.6)
         )
         axes.text(
-            x1,
-            max(y1, 0),
-            text,
+            x,
+            max(y, 0),
+            names[label] + score,
             fontsize=6,
             color='white',
             # Above the box, but for boxes at the upper edge.
-            va='bottom' if y1 > 0.06 * image.shape[0] else 'top',
+            va='bottom' if y > 0.06 * image.shape[0] else 'top',
             bbox=dict(facecolor=colour, edgecolor='none', pad=0.8),
         )
 
 
-def draw_sheet(samples: list[dict], names: list[str], score_thr: float, title: str):
+def draw_sheet(truth: COCO, found: COCO, args: argparse.Namespace):
     """Draw pairs of ground truth and detections, two pairs in a row.
 
     Args:
-        samples (list[dict]): Dumped data samples of mmdet.
-        names (list[str]): Class names by label.
-        score_thr (float): Lowest score to draw.
-        title (str): Stands above the sheet.
+        truth (COCO): The annotations.
+        found (COCO): The predictions.
+        args (Namespace): The options.
 
     Returns:
         matplotlib.figure.Figure: The sheet.
     """
-    rows = math.ceil(len(samples) / 2)
+    names = {c['id']: c['name'] for c in truth.dataset['categories']}
+    ids = sorted(truth.imgs)
+    # Spread over the set rather than its first pictures.
+    index = np.linspace(0, len(ids) - 1, min(args.num, len(ids))).astype(int)
+    rows = math.ceil(len(index) / 2)
     figure, grid = plt.subplots(
         rows,
         4,
@@ -87,29 +90,16 @@ def draw_sheet(samples: list[dict], names: list[str], score_thr: float, title: s
     )
     for axes in grid.flat:
         axes.set_axis_off()
-    for i, sample in enumerate(samples):
+    for i, image_id in enumerate(ids[k] for k in index):
         left, right = grid[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
-        image = mmcv.imread(sample['img_path'], channel_order='rgb')
-        truth, found = sample['gt_instances'], sample['pred_instances']
-        # mmdet's test pipelines load it after resizing: both are in pixels of the file.
-        labels = truth['labels'].tolist()
-        draw(
-            left,
-            image,
-            truth['bboxes'].numpy(),
-            labels,
-            [names[label] for label in labels],
-        )
-        keep = found['scores'] >= score_thr
-        labels = found['labels'][keep].tolist()
-        texts = [
-            f'{names[label]} {score:.2f}'
-            for label, score in zip(labels, found['scores'][keep].tolist())
-        ]
-        draw(right, image, found['bboxes'][keep].numpy(), labels, texts)
+        path = osp.join(args.images, truth.imgs[image_id]['file_name'])
+        image = mmcv.imread(path, channel_order='rgb')
+        boxes = found.imgToAnns[image_id]
+        draw(left, image, truth.imgToAnns[image_id], names)
+        draw(right, image, [b for b in boxes if b['score'] >= args.score_thr], names)
         left.set_title('ground truth', fontsize=8)
-        right.set_title(f'detections, score >= {score_thr}', fontsize=8)
-    figure.suptitle(title, fontsize=9)
+        right.set_title(f'detections, score >= {args.score_thr}', fontsize=8)
+    figure.suptitle(args.title, fontsize=9)
     return figure
 
 
@@ -121,11 +111,12 @@ def main() -> None:
         for path in (args.predictions, args.annotations):
             if not osp.isfile(path):
                 raise FileNotFoundError(f'file {path!r} does not exist')
-    # Spread over the set rather than its first pictures.
-    samples = mmengine.load(args.predictions)
-    index = np.linspace(0, len(samples) - 1, min(args.num, len(samples))).astype(int)
-    names = class_names(args.annotations)
-    figure = draw_sheet([samples[i] for i in index], names, args.score_thr, args.title)
+        truth = COCO(args.annotations)
+        with open(args.predictions) as file:
+            records = json.load(file)
+        # pycocotools fails where nothing was found.
+        found = truth.loadRes(records) if records else COCO()
+        figure = draw_sheet(truth, found, args)
     figure.savefig(args.out, dpi=120)
     print(f'wrote {args.out}')
 

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         '--out',
         metavar='PKL',
         type=osp.expanduser,
-        help='dump the predictions here',
+        help='dump the predictions here, as a pickle: open only those that you trust',
     )
     parser.add_argument(
         '--show-dir',

@@ -10,7 +10,8 @@ runtime_hooks = [
     dict(type='ChannelsLastHook'),
     # What compile=True means: one graph of the backbone.
     dict(type='CompileBackboneHook'),
-    # A loss of NaN or Inf ends the run, and no checkpoint with NaN is written.
+    # A loss of NaN or Inf ends the run, and no checkpoint with either in it is
+    # written.
     dict(type='FiniteLossHook'),
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 
@@ -30,10 +31,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         # str() of a KeyError is the repr of its message.
-        message = error.args[0] if isinstance(error, KeyError) else error
-        program = osp.basename(sys.argv[0])
-        print(f'{program}: error: {message}', file=sys.stderr)
-        sys.exit(MISTAKE)
+        _end(error.args[0] if isinstance(error, KeyError) else error)
+
+
+def _end(message: object) -> NoReturn:
+    program = osp.basename(sys.argv[0])
+    print(f'{program}: error: {message}', file=sys.stderr)
+    sys.exit(MISTAKE)
 
 
 # They come again however often one tries, unlike those of memory and networks.
@@ -86,8 +90,7 @@ def final_mistakes() -> Iterator[None]:
         final = isinstance(error, MISTAKES) or error.errno in FULL
         sentence = isinstance(error, MISTAKES) and _said(error)
         if sentence:
-            print(f'{osp.basename(sys.argv[0])}: error: {sentence}', file=sys.stderr)
-            sys.exit(MISTAKE)
+            _end(sentence)
         if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
             raise
         traceback.print_exc()

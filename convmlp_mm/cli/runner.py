@@ -18,6 +18,7 @@ from ..checkpoint_io import read_checkpoint
 from ..config_checks import check_optimizer
 from ..data_checks import check_while_reading
 from ..engine.latest import find_latest_checkpoint
+from ..engine.model_hooks import CheckWeightsHook
 from ..engine.work_dir import LaunchHook, work_dir_lock
 from ..launch import keep_memory
 from .options import map_config
@@ -116,6 +117,9 @@ def build_runner(cfg: Config) -> Runner:
         init_dist('pytorch', **options, **_meeting_place())
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(LaunchHook())
+    if not any(isinstance(hook, CheckWeightsHook) for hook in runner.hooks):
+        # A checkpoint is data for every configuration.
+        runner.register_hook(CheckWeightsHook())
     check_optimizer(cfg)
     return runner
 

@@ -14,6 +14,7 @@ from ..files import remove_leftovers, write_file
 from ..storage import atomic_local_files
 from .latest import NOTE, find_latest_checkpoint, named_checkpoint
 from .saving import (
+    OUTDATED,
     NotSavedError,
     SavingRunner,
     reason_of,
@@ -23,10 +24,6 @@ from .saving import (
 )
 
 __all__ = ['SafeCheckpointHook']
-
-# In the message hub: what the checkpoint that is being saved replaces. Who is killed
-# before it is removed finds it there.
-OUTDATED = 'outdated_ckpts'
 
 
 def _configured_start(runner: Runner) -> str | None:
@@ -126,9 +123,7 @@ class SafeCheckpointHook(CheckpointHook):
             for folder in filter(osp.isdir, sorted(folders)):
                 for name in remove_leftovers(folder):
                     runner.logger.info(f'Removed {name}, of a run that was killed.')
-            # Of another run, the names may be those of other files.
-            resumed = runner._load_from if runner._resume else None
-            if resumed and osp.realpath(osp.dirname(resumed)) in folders:
+            if runner._resume:
                 self._outdated = list(runner.message_hub.get_info(OUTDATED, []))
         except OSError as error:
             runner.logger.warning(f'Cannot remove old files: {error}')

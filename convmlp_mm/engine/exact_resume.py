@@ -21,7 +21,7 @@ from .data_position import (
 from .random_state import get_random_state, set_random_state
 from .saving import checkpoint_hooks, is_first
 
-__all__ = ['ExactResumeHook']
+__all__ = ['ExactResumeHook', 'check_state']
 
 # Of the checkpoint.
 KEY = 'exact_resume'
@@ -213,6 +213,38 @@ class ExactResumeHook(Hook):
         self._before_val = None
 
 
+def check_state(state: object, checkpoint: dict) -> None:
+    """Check that what :class:`ExactResumeHook` has saved can be restored.
+
+    Args:
+        state (object): What stands under its key.
+        checkpoint (dict): The rest, of which ``meta`` and ``state_dict`` are right.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    before = get_random_state()
+    try:
+        processes, batches = state['processes'], state['batches']
+        right = type(state['seed']) is int and type(state['validated']) is bool
+        right &= isinstance(state['steps'], dict) and isinstance(processes, list)
+        right &= type(batches) is int and 0 <= batches <= checkpoint['meta']['iter']
+        for process in processes:
+            set_random_state(process['random'])
+            tensors = [t for k in ('grads', 'buffers') for t in process[k] or []]
+            right &= all(t is None or isinstance(t, torch.Tensor) for t in tensors)
+            # Parameters stand in the state dict in their order.
+            shapes = iter([value.shape for value in checkpoint['state_dict'].values()])
+            grads = [grad for grad in process['grads'] or [] if grad is not None]
+            right &= all(any(grad.shape == s for s in shapes) for grad in grads)
+    except Exception as error:
+        raise ValueError(f'{KEY} is damaged: {type(error).__name__}') from error
+    finally:
+        set_random_state(before)
+    if not right:
+        raise ValueError(f'{KEY} is damaged')
+
+
 def _warn(reason: str) -> None:
     print_log(
         'The run is resumed with other random numbers, at the beginning of an epoch: '
@@ -223,6 +255,12 @@ def _warn(reason: str) -> None:
 
 
 def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
+    for key, tensors in (('grads', model.parameters()), ('buffers', model.buffers())):
+        shapes = [t.shape for t in tensors]
+        saved = shapes if process[key] is None else process[key]
+        same = (a is None or getattr(a, 'shape', a) == b for a, b in zip(saved, shapes))
+        if len(saved) != len(shapes) or not all(same):
+            raise ValueError(f'{key} of {KEY} in the checkpoint are not of this model')
     if process['grads'] is not None:
         for param, grad in zip(model.parameters(), process['grads']):
             # torch wants them in the layout that backward gives them.

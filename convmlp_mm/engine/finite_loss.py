@@ -15,6 +15,8 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..layouts import some_of
+from ..weights import find_not_finite
 from .latest import named_checkpoint
 
 __all__ = ['FiniteLossHook']
@@ -33,8 +35,9 @@ class FiniteLossHook(Hook):
     GradScaler guards the weights (fp16), a single Inf is a warning: that step was
     left out. NaN, and Inf in two iterations in a row, stop there too.
 
-    Besides, no checkpoint with NaN in it is written: gradients can be NaN where the
-    loss is not, so that the next loss tells it when the file is there already.
+    Besides, no checkpoint with NaN or Inf in its weights or its optimizer is written:
+    gradients can be NaN where the loss is not, so that the next loss tells it when the
+    file is there already, and ``SafeCheckpointHook`` has removed the one before.
 
     Args:
         interval (int): Look at the loss every so many iterations. Defaults to 1.
@@ -109,25 +112,26 @@ class FiniteLossHook(Hook):
         raise FloatingPointError(message)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Look at the weights.
+        """Look at the weights, the optimizer and open gradients.
 
         Args:
             runner (Runner): The runner.
             checkpoint (dict): What is to be written.
 
         Raises:
-            FloatingPointError: If one of them is NaN.
+            FloatingPointError: If there is NaN or Inf in one of them.
         """
-        names = [
-            name
-            for name, value in checkpoint.get('state_dict', {}).items()
-            if type(value) is torch.Tensor and bool(value.isnan().any())
-        ]
+        names = list(find_not_finite(checkpoint.get('state_dict', {})))
+        names += find_not_finite(checkpoint.get('optimizer', {}), 'optimizer')
+        if not _scales(runner):
+            # Of an accumulation that goes on after the run has been resumed.
+            params = runner.model.named_parameters()
+            grads = {name: param.grad for name, param in params}
+            names += find_not_finite(grads, 'gradient of')
         if names:
-            more = f' and {len(names) - 1} more' if names[1:] else ''
             raise FloatingPointError(
-                f'iteration {checkpoint["meta"]["iter"]}: NaN in the weights '
-                f'{names[0]}{more}, which are not saved; the last checkpoint before '
+                f'iteration {checkpoint["meta"]["iter"]}: NaN or Inf in '
+                f'{some_of(names)}; nothing is saved, and the last checkpoint before '
                 f'it is {_last_checkpoint(runner)}'
             )
 

@@ -7,13 +7,18 @@ import os
 import os.path as osp
 import re
 from collections import defaultdict
+from numbers import Real
 
-from mmengine.logging import print_log
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, print_log
 
 from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
-from .work_dir import KEY
+from ..weights import find_not_finite
+from .exact_resume import KEY, check_state
+from .work_dir import KEY as LAUNCH
 
-__all__ = ['find_latest_checkpoint', 'named_checkpoint']
+__all__ = ['check_resumable', 'find_latest_checkpoint', 'named_checkpoint']
 
 # The file in which the Runner notes its last checkpoint.
 NOTE = 'last_checkpoint'
@@ -81,20 +86,51 @@ def _others(work_dir: str, named: list[str]) -> list[list[str]]:
     return [[k[-1] for k in sorted(keys, reverse=True)] for keys in files.values()]
 
 
-def _check_resumable(path: str) -> dict:
-    """Read a checkpoint from which the Runner can go on."""
-    checkpoint = read_checkpoint(path)
-    missing = [
-        key
-        for key in ('state_dict', 'optimizer', 'message_hub')
-        if key not in checkpoint
-    ]
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, dict) else {}
+def check_resumable(checkpoint: dict) -> None:
+    """Check that the Runner can go on from a checkpoint.
+
+    Args:
+        checkpoint (dict): What the file holds, after
+            :func:`~convmlp_mm.checkpoint_io.check_content`. Its logs are made again
+            from their numbers.
+
+    Raises:
+        ValueError: If something is missing, or is not what the Runner writes.
+    """
+    parts = ('state_dict', 'message_hub')
+    missing = [key for key in parts if not checkpoint.get(key)]
+    meta, hub = checkpoint.get('meta') or {}, checkpoint.get('message_hub') or {}
     missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if missing:
         raise ValueError(f'it has no {", ".join(missing)}')
-    return checkpoint
+    numbers = dict(epoch=meta['epoch'], iter=meta['iter'], seed=meta.get('seed') or 0)
+    for key, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f'meta.{key} is {number!r}')
+    for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
+        if not isinstance(hub.get(key), dict):
+            raise ValueError(f'message_hub.{key} is no dict')
+    for key, value in hub['runtime_info'].items():
+        if str(key).startswith('best_score') and not isinstance(
+            value, (Real, torch.Tensor, np.generic)
+        ):
+            raise ValueError(f'message_hub.runtime_info.{key} is {value!r}')
+    for key, buffer in hub['log_scalars'].items():
+        if isinstance(buffer, HistoryBuffer):
+            try:
+                numbers = [np.array(numbers, float) for numbers in buffer.data]
+                hub['log_scalars'][key] = HistoryBuffer(*numbers)
+            except (AssertionError, AttributeError, TypeError, ValueError):
+                raise ValueError(f'message_hub.log_scalars.{key} is no log') from None
+    for key, kinds in (('optimizer', dict), ('param_schedulers', (dict, list))):
+        if not isinstance(checkpoint.get(key, {}), kinds):
+            raise ValueError(f'its {key} is a {type(checkpoint[key]).__name__}')
+    for key in ('state_dict', 'ema_state_dict', 'optimizer'):
+        spoilt = next(find_not_finite(checkpoint.get(key), key), None)
+        if spoilt is not None:
+            raise ValueError(f'there is NaN or Inf in {spoilt}')
+    if KEY in checkpoint:
+        check_state(checkpoint[KEY], checkpoint)
 
 
 def find_latest_checkpoint(
@@ -128,10 +164,12 @@ def find_latest_checkpoint(
     def read(path: str) -> tuple[int, str | None, str | None] | None:
         """Return the iteration, the launch, and where the file was saved."""
         try:
-            content = _check_resumable(path)
-            info = content['message_hub'].get('runtime_info', {})
-            meta = content['meta']
-            return int(meta['iter']), meta.get(KEY), info.get('last_ckpt')
+            content = read_checkpoint(path)
+            check_resumable(content)
+            if 'optimizer' not in content:
+                raise ValueError('it has no optimizer')
+            meta, info = content['meta'], content['message_hub']['runtime_info']
+            return meta['iter'], meta.get(LAUNCH), info.get('last_ckpt')
         # Of damaged bytes, unpickling makes any exception there is.
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]

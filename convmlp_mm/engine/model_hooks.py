@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path as osp
+
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -12,8 +14,12 @@ from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint_io import CheckpointError, check_content
 from ..convmlp import ConvMLP
-from ..weights import fit_checkpoint
+from ..layouts import without_module
+from ..weights import check_tensors, fit_checkpoint
+from .latest import check_resumable, named_checkpoint
+from .saving import keep_own_files
 
 __all__ = [
     'ChannelsLastHook',
@@ -34,13 +40,17 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 @HOOKS.register_module(force=True)
 class CheckWeightsHook(Hook):
-    """Check what ``load_from`` names, and take published files as they are.
+    """Check the checkpoints of a run, and take published files as they are.
 
     The Runner loads a checkpoint as far as names and shapes match and warns
     about the rest. With this hook a backbone that is not all there stops the
     run, and a published classifier gets the names of the model. Training may
-    start without neck and head; testing may not. Models without ConvMLP, and
-    checkpoints that a run is resumed from, are left alone.
+    start without neck and head; testing may not. Of models without ConvMLP only the
+    values are checked, but a run is resumed from its own model only, whatever that is.
+
+    Nothing in a checkpoint is acted upon: the configuration that toolkits up to 2021
+    noted there, which the Runner would execute, is dropped, and so are the names of
+    files that are not the run's own, which it would remove in time.
     """
 
     # Before EMAHook reads the checkpoint.
@@ -54,21 +64,49 @@ class CheckWeightsHook(Hook):
             checkpoint (dict): What the file holds.
 
         Raises:
-            ValueError: See :func:`convmlp_mm.weights.fit_checkpoint`.
+            ValueError: See :func:`convmlp_mm.weights.fit_checkpoint`, and if a run
+                cannot be resumed from it.
         """
+        # mmengine, too, takes what is noted in the work dir if nothing is named.
+        name = runner._load_from or named_checkpoint(runner.work_dir) or ''
         model = _unwrap(runner.model)
-        if runner._resume or not isinstance(getattr(model, 'backbone', None), ConvMLP):
+        check_content(checkpoint, name)
+        if (checkpoint.get('meta') or {}).pop('config', None) is not None:
+            print_log(f'meta.config of {name} is not read.', logger='current')
+        if runner._resume:
+            # DeepSpeed saves a folder.
+            if 'state_dict' in checkpoint or not osp.isdir(name):
+                self._check_resumed(runner, model, checkpoint, name)
+            return
+        if not isinstance(getattr(model, 'backbone', None), ConvMLP):
+            check_tensors(without_module(checkpoint), name)
             return
         training = isinstance(runner._train_loop, BaseLoop)
-        state_dict, message = fit_checkpoint(
-            model, checkpoint, runner._load_from, partial=training
-        )
+        state_dict, message = fit_checkpoint(model, checkpoint, name, partial=training)
         print_log(message, logger='current')
         if 'state_dict' not in checkpoint:
             checkpoint.clear()
         checkpoint['state_dict'] = state_dict
         # EMAHook has saved the average as state_dict, and takes it from there.
         checkpoint.pop('ema_state_dict', None)
+
+    def _check_resumed(
+        self, runner: Runner, model: nn.Module, checkpoint: dict, name: str
+    ) -> None:
+        try:
+            check_resumable(checkpoint)
+        except ValueError as error:
+            raise CheckpointError(
+                f'checkpoint {name!r} cannot be resumed: {error}'
+            ) from error
+        # EMAHook has saved the average as the one, and the model as the other.
+        for key in ('state_dict', 'ema_state_dict'):
+            if key in checkpoint:
+                state_dict = {**(checkpoint[key] or {})}
+                # The count of EMAHook.
+                state_dict.pop('steps', None)
+                fit_checkpoint(model, dict(state_dict=state_dict), name, exact=True)
+        keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
 
 
 # What computes the same values from channels-last maps as from contiguous ones, which

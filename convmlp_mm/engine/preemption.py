@@ -19,6 +19,7 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ..launch import PREEMPTED
+from .saving import PREEMPTED_FILE as KEY
 from .saving import checkpoint_hooks, remove_checkpoint
 from .work_dir import work_dir_lock
 
@@ -26,8 +27,6 @@ __all__ = ['PreemptionHook']
 
 # What schedulers send: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM any.
 SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGINT')
-# Where the message hub, and so each checkpoint, keeps the name of the file.
-KEY = 'preempted_ckpt'
 
 
 @HOOKS.register_module(force=True)
@@ -186,6 +185,18 @@ class PreemptionHook(Hook):
         self._remove_superseded(runner)
         if self._agree() and not self.is_last_train_epoch(runner):
             self._stop(runner, epoch=runner.epoch + 1, iteration=runner.iter)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Let the file of an earlier stop be forgotten by what takes its place.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): What is to be written.
+        """
+        hook = _checkpoint_hook(runner)
+        info = checkpoint['message_hub']['runtime_info']
+        if hook and hook.last_ckpt and osp.basename(hook.last_ckpt) != info.get(KEY):
+            info.pop(KEY, None)
 
     def after_train(self, runner: Runner) -> None:
         """Give the signals back.

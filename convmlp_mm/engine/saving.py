@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path as osp
+import re
 from collections.abc import Callable
 
 from mmengine.dist import all_gather_object
@@ -14,11 +16,18 @@ __all__ = [
     'SavingRunner',
     'checkpoint_hooks',
     'is_first',
+    'keep_own_files',
     'reason_of',
     'remove_checkpoint',
     'restore',
     'together',
 ]
+
+# Keys of the message hub, and so of each checkpoint. What a checkpoint that is being
+# saved replaces: who is killed before that is removed finds it there.
+OUTDATED = 'outdated_ckpts'
+# What a preempted run has saved in the middle of an epoch.
+PREEMPTED_FILE = 'preempted_ckpt'
 
 
 class NotSavedError(OSError):
@@ -88,22 +97,69 @@ def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
+def _is_own_name(hook: CheckpointHook, name: object) -> bool:
+    """Whether a name is one that the hook gives to a file, or PreemptionHook does."""
+    template = r'\d+'.join(map(re.escape, re.split(r'\{.*?\}', hook.filename_tmpl)))
+    pattern = rf'(best_[^/\\]+_)?{template}|iter_\d+\.pth'
+    return isinstance(name, str) and re.fullmatch(pattern, name) is not None
+
+
 def remove_checkpoint(hook: CheckpointHook, name: str) -> None:
-    """Delete a file, or what DeepSpeed saves as a folder, if it is there.
+    """Delete a file that this run has saved, if it is there.
 
     Args:
         hook (CheckpointHook): Of the main process; it knows the place.
-        name (str): Name of the file.
+        name (str): Name of the file. Others than the hook's own, and folders, stay.
 
     Raises:
         OSError: If it cannot be deleted.
     """
-    backend = hook.file_backend
-    path = backend.join_path(hook.out_dir, name)
-    if backend.isfile(path):
-        backend.remove(path)
-    elif backend.isdir(path):
-        backend.rmtree(path)
+    path = hook.file_backend.join_path(hook.out_dir, name)
+    if _is_own_name(hook, name) and hook.file_backend.isfile(path):
+        hook.file_backend.remove(path)
+
+
+def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
+    """Forget the files that a checkpoint names, unless the run has saved them.
+
+    The hooks remove, publish and replace what stands there. A run has saved what lies
+    where it saves, under one of its names, if the checkpoint lies there too.
+
+    Args:
+        runner (Runner): The runner, before its training.
+        info (dict): ``runtime_info`` in the message hub of the checkpoint; it is
+            changed.
+        resumed (str): The checkpoint.
+    """
+    hook = next(iter(checkpoint_hooks(runner)), None)
+    folder = runner.work_dir
+    if hook is not None and hook.out_dir not in (None, folder):
+        # As CheckpointHook will do.
+        folder = osp.join(hook.out_dir, osp.basename(folder.rstrip('/')))
+
+    def place(path: str) -> str:
+        return path if '://' in path else osp.realpath(osp.expanduser(path))
+
+    template = getattr(hook, 'filename_tmpl', '')
+    own = hook is not None and place(osp.dirname(resumed)) == place(folder)
+
+    def is_own(name: object) -> bool:
+        named = own and _is_own_name(hook, name)
+        return named and not osp.isdir(osp.join(folder, name))
+
+    for key, value in list(info.items()):
+        if key == 'keep_ckpt_ids':
+            steps = [n for n in value if type(n) is int] if type(value) is list else []
+            info[key] = [n for n in steps if is_own(template.format(n))]
+        elif key == OUTDATED:
+            info[key] = list(filter(is_own, value)) if type(value) is list else []
+        elif key == 'last_ckpt' or str(key).startswith('best_ckpt'):
+            # The run may have been moved.
+            info[key] = osp.join(folder, osp.basename(str(value)))
+            if not is_own(osp.basename(info[key])):
+                info.pop(key)
+        elif key == PREEMPTED_FILE and not is_own(value):
+            info.pop(key)
 
 
 def restore(hub: MessageHub, keys: list[str], before: dict) -> None:

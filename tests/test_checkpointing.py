@@ -567,8 +567,10 @@ def test_note_that_names_no_file_is_passed_over(tmp_path, note):
 
 def save_minimal(path, info=None, **meta):
     """Write what a Runner needs to go on."""
-    content = dict(meta=dict(epoch=1, **meta), state_dict={}, optimizer={})
-    torch.save(dict(content, message_hub=dict(runtime_info=info or {})), path)
+    content = dict(meta=dict(epoch=1, **meta), optimizer={})
+    content['state_dict'] = dict(weight=torch.ones(1))
+    hub = dict(log_scalars={}, resumed_keys={}, runtime_info=info or {})
+    torch.save(dict(content, message_hub=hub), path)
 
 
 def test_order_is_that_of_the_contents_and_not_of_clocks(tmp_path):

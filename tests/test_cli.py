@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -16,7 +15,6 @@ import tiny
 import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
-from mmengine.visualization import Visualizer
 from mmpretrain.datasets import CIFAR10, ImageNet
 from mmpretrain.models import ImageClassifier
 from torch.utils.data import DataLoader, Dataset
@@ -345,8 +343,6 @@ def test_group_of_processes_is_closed_unless_the_run_failed(tmp_path, end):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    # Runs of other toolkits in this process have left theirs.
-    monkeypatch.setattr(Visualizer, '_instance_dict', OrderedDict())
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     tiny.write_data(tmp_path / 'data')

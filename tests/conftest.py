@@ -4,10 +4,12 @@ import os
 import runpy
 import signal
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mmengine.visualization import Visualizer
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sub-processes of the tests must find the checkout as this process does.
@@ -46,6 +48,8 @@ def tool(monkeypatch, capsys):
 
     def run(name, *options):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, options)])
+        # Runs of other toolkits in this process have left theirs.
+        monkeypatch.setattr(Visualizer, '_instance_dict', OrderedDict())
         code = 0
         path = ROOT / 'tools' / name
         try:

@@ -474,7 +474,7 @@ def test_errors_of_others_keep_their_trace():
 @pytest.mark.parametrize(
     ('name', 'variables', 'expected'),
     [
-        ('train.py', {}, '10000'),
+        ('train.py', {}, '1000'),
         ('test.py', dict(GOMP_SPINCOUNT='7'), '7'),
         ('test.py', dict(OMP_WAIT_POLICY='PASSIVE'), '0'),
     ],

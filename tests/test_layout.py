@@ -36,6 +36,8 @@ CONFIGS = sorted(
     for path in (ROOT / 'configs').rglob('*.py')
     if path.parent.name != '_base_'
 )
+# Height and width of the images.
+SIZE = 48, 64
 EXAMPLE = re.compile(r'```python\n# (my_\w+\.py)\n(.*?)```', re.DOTALL)
 EXAMPLES = {
     name: text
@@ -56,7 +58,7 @@ def read(name, folder):
 
 
 def few_boxes(cfg):
-    """Two-stage detectors on 64 x 96 pixels need not look at a thousand boxes."""
+    """Two-stage detectors on so few pixels need not look at a thousand boxes."""
     if 'roi_head' in cfg.model:
         cfg.model.train_cfg.rcnn.sampler.num = 16
         cfg.model.train_cfg.rpn_proposal.max_per_img = 50
@@ -124,10 +126,10 @@ def run_hooks(model, cfg):
 
 def batch_of(model, dtype=torch.float64):
     torch.manual_seed(1)
-    batch = draw_batch(model, 2, (64, 96))
+    batch = draw_batch(model, 2, SIZE)
     model.data_preprocessor.float()
     if model.cfg.default_scope == 'mmseg':
-        model.data_preprocessor.size = (64, 96)
+        model.data_preprocessor.size = SIZE
         model.data_preprocessor.size_divisor = None
     batch = model.data_preprocessor(batch, False)
     return batch['inputs'].to(dtype), batch['data_samples']
@@ -174,7 +176,9 @@ def assert_equal(found, expected, tolerance=1e-5):
             assert torch.equal(found[name], value), name
         elif value.numel():
             difference = (found[name] - value).abs().max()
-            assert difference <= tolerance * value.abs().max(), name
+            # A gradient that is zero but for rounding has no scale of its own.
+            scale = value.abs().max().clamp(min=1e-9)
+            assert difference <= tolerance * scale, name
 
 
 @pytest.fixture
@@ -237,7 +241,7 @@ def test_layout_adds_no_more_error_than_autocast_itself(name, tmp_path):
         return
     # On a CPU, RoIAlign takes no bfloat16; the conversion keeps the layout.
     maps = [x.float() for x in found]
-    regions = torch.tensor([[0, 3.0, 3, 50, 40], [1, 10, 5, 80, 60]])
+    regions = torch.tensor([[0, 3.0, 3, 50, 40], [1, 10, 5, 60, 45]])
     extractor = model.roi_head.bbox_roi_extractor
     found = extractor(maps[: extractor.num_inputs], regions)
     layer = extractor.roi_layers[0]
@@ -358,7 +362,7 @@ class KeepLosses(Hook):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['mask_rcnn_convmlp_s.py', 'retinanet_convmlp_s.py'])
+@pytest.mark.parametrize('name', ['mask_rcnn_convmlp_s.py'])
 def test_the_runner_trains_on_the_losses_of_contiguous_maps(name, tmp_path, tool):
     shapes = tmp_path / 'shapes'
     assert not tool(

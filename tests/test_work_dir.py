@@ -88,12 +88,14 @@ def test_lock_holds_against_others_until_its_last_holder_here_ends(tmp_path):
         'fcntl.LOCK_NB)'
     )
     command = [sys.executable, '-c', code, str(tmp_path / 'new' / LOCK)]
-    with work_dir_lock(tmp_path / 'new'):
-        if os.fork() == 0:
-            with contextlib.suppress(SystemExit), work_dir_lock(tmp_path / 'new'):
-                sys.exit()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(work_dir_lock(tmp_path / 'new'))
+        child = os.fork()
+        if child == 0:
+            # As its interpreter does at its end.
+            stack.close()
             os._exit(0)
-        assert os.wait()[1] == 0
+        assert os.waitpid(child, 0)[1] == 0
         with work_dir_lock(tmp_path / 'new' / '..' / 'new'):
             pass
         refused = subprocess.run(command, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import os.path as osp
 
 # As in train.py.
 if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults

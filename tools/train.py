@@ -9,7 +9,7 @@ import os.path as osp
 # A thread that waits soon leaves its core to other processes. libgomp, which torch
 # brings, reads this once.
 if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 from mmengine.config import Config
 from mmengine.device import get_device

@@ -47,7 +47,7 @@ def read_config(path: str) -> Config:
     """
     try:
         cfg = Config.fromfile(osp.expanduser(path))
-    except (SyntaxError, NameError, AttributeError) as error:
+    except (SyntaxError, NameError, AttributeError, RuntimeError) as error:
         kind = type(error).__name__
         raise ValueError(f'configuration {path!r}: {kind}: {error}') from error
     map_config(cfg, cfg, without_tilde)

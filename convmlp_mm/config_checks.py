@@ -112,8 +112,8 @@ def give_visualizer(cfg: Config) -> None:
     )
     kind = kinds.get(cfg.get('default_scope'))
     if kind and not cfg.get('visualizer'):
-        backends = [dict(type='LocalVisBackend')]
-        cfg.visualizer = dict(type=kind, name='visualizer', vis_backends=backends)
+        # The Runner and the inferencers give it a name of its own.
+        cfg.visualizer = dict(type=kind, vis_backends=[dict(type='LocalVisBackend')])
 
 
 def name_types(cfg: Config) -> None:

@@ -131,7 +131,7 @@ CONFIGURATIONS = [
          'train_dataloader.dataset.metainfo.classes=[pear,apple]'),
     case('option of no dict', DET, ["depths={'x': 1}", 'tuple'],
          'model.backbone.arch.depths.x=1'),
-    case('missing base of the new style', DET, ['error: configuration', 'nowhere.py not'],
+    case('missing base of the new style', DET, ['error: config', 'nowhere.py not'],
          spoil=config('from mmengine.config import read_base\n'
                       'with read_base():\n    from .nowhere import *\n')),
 ]

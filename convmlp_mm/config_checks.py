@@ -47,7 +47,7 @@ def read_config(path: str) -> Config:
     """
     try:
         cfg = Config.fromfile(osp.expanduser(path))
-    except (SyntaxError, NameError, AttributeError) as error:
+    except (SyntaxError, NameError, AttributeError, RuntimeError) as error:
         kind = type(error).__name__
         raise ValueError(f'configuration {path!r}: {kind}: {error}') from error
     map_config(cfg, cfg, without_tilde)
@@ -112,6 +112,7 @@ def give_visualizer(cfg: Config) -> None:
     )
     kind = kinds.get(cfg.get('default_scope'))
     if kind and not cfg.get('visualizer'):
+        # The Runner and the inferencers give it a name of its own.
         cfg.visualizer = dict(type=kind, vis_backends=[dict(type='LocalVisBackend')])
 
 

@@ -135,6 +135,9 @@ CONFIGURATIONS = [
          'train_dataloader.dataset.metainfo.classes=[pear,apple]'),
     case('option of no dict', DET, ["depths={'x': 1}", 'tuple'],
          'model.backbone.arch.depths.x=1'),
+    case('missing base of the new style', DET, ['error: config', 'nowhere.py not'],
+         spoil=config('from mmengine.config import read_base\n'
+                      'with read_base():\n    from .nowhere import *\n')),
 ]
 FILES = [
     case('work dir is a file', DET, ['work_dir', "boxes.json' is a file"],

@@ -393,9 +393,11 @@ def test_configuration_with_classes_as_types_is_as_good_as_with_names(home, tool
     hook = 'default_hooks["visualization"] = dict(type=VisualizationHook)\n'
     config.write_text('\n'.join([*imports, text, hook]))
     name = f'experiment_name={home.name}', 'optim_wrapper.dtype=bfloat16'
+    # Of two runs of one name in one second, the visualizer would be the same.
+    shown = '--cfg-options', f'{name[0]}_shown'
     for command in (
         ['train.py', config, '--amp', '--work-dir', home / 'w', '--cfg-options', *name],
-        ['test.py', config, weights, '--show-dir', home / 'shown'],
+        ['test.py', config, weights, '--show-dir', home / 'shown', *shown],
         ['predict.py', config, weights, home / 'data/images', '--out', home / 'p'],
         ['export.py', config, weights, home / 'e.onnx', '--shape', '64', '64'],
         ['complexity.py', config, '--out', home / 'table'],

@@ -315,9 +315,9 @@ def test_no_two_images_share_a_file(tool, small, tmp_path, kind):
 def test_prediction_that_is_not_finite_is_skipped(tool, small, tmp_path, kind):
     config, weights = small(kind)
     state = torch.load(weights)
-    head = [key for key in state if 'head' in key and key.endswith('.weight')]
     # Finite as they are, but not their products.
-    state.update({key: torch.full_like(state[key], 3e38) for key in head})
+    large = [k for k in state if k.endswith('.weight') and ('head' in k or 'norm' in k)]
+    state.update({key: torch.full_like(state[key], 3e38) for key in large})
     torch.save(state, tmp_path / 'large.pth')
     images, out = tmp_path / 'images', tmp_path / 'out'
     images.mkdir()

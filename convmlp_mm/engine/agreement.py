@@ -224,7 +224,7 @@ def _shorten(changes: list[str]) -> str:
 
 def _changes(before: dict | None, now: dict) -> list[str]:
     """Name what differs, of lists of one length the first items that do."""
-    before, changes = before or {}, []
+    before, changes = before if isinstance(before, dict) else {}, []
     lost, new = (sorted(a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
     # Those of one side alone may be of another version.
     if lost and new:

@@ -35,7 +35,9 @@ def _configured_start(runner: Runner) -> str | None:
     filename = runner.cfg.filename
     if filename is None or not osp.isfile(filename):
         return None
-    return Config.fromfile(filename, import_custom_modules=False).get('load_from')
+    start = Config.fromfile(filename, import_custom_modules=False).get('load_from')
+    # As the tools have read it.
+    return start and osp.expanduser(start)
 
 
 @HOOKS.register_module(force=True)

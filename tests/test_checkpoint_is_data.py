@@ -504,9 +504,10 @@ def test_tools_check_the_checkpoints_of_any_configuration(tmp_path, tool):
     assert files(tmp_path)[-1] == 'epoch_2.pth'
 
 
+FILES = ['../victim/file.pth', '{folder}/victim/file.pth', 'mine.pth']
 FOREIGN = {
-    'preempted_ckpt': ['../victim', 'victim', '{folder}/victim', 'iter_0.pth'],
-    'outdated_ckpts': [['../victim', 'victim', '{folder}/victim', 'iter_0.pth', 7]],
+    'preempted_ckpt': ['../victim', 'victim', 'iter_0.pth', *FILES],
+    'outdated_ckpts': [['../victim', 'victim', 'iter_0.pth', 7, *FILES]],
     'keep_ckpt_ids': [['../victim', 1, 2, 'victim', None], '../victim', [0, 0, 0]],
     'best_ckpt': ['{folder}/victim/file.pth', '{folder}/victim', '../victim', 5],
     'last_ckpt': ['{folder}/victim/file.pth'],
@@ -538,6 +539,7 @@ def test_names_in_a_checkpoint_delete_nothing(tmp_path, key, kind):
     for victim in (*victims, work / 'epoch_0.pth'):
         victim.mkdir()
         (victim / 'file.pth').write_bytes(content)
+    (work / 'mine.pth').write_bytes(content)
     before = snapshot(tmp_path)
     for value in FOREIGN[key]:
         (work / 'epoch_1.pth').write_bytes(content)

@@ -7,7 +7,7 @@ by name as ``convmlp_mm::NAME.py``. No toolkit is imported.
 
 from importlib import import_module
 
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, STRATEGIES
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
 from . import storage  # noqa: F401, registers the backend
 from .lazy import register_lazily
@@ -25,7 +25,6 @@ _LATER = {
     'ConvMLP': '.convmlp',
     'ExactResumeHook': '.engine',
     'FiniteLossHook': '.engine',
-    'FullStateFSDPStrategy': '.engine.fsdp',
     'OneMetricsFileHook': '.engine',
     'PreemptionHook': '.engine',
     'SafeCheckpointHook': '.engine',
@@ -42,11 +41,7 @@ register_lazily(MODELS, 'ConvMLP', _LATER['ConvMLP'])
 for _name, _module in _LATER.items():
     if _name.endswith('Hook'):
         register_lazily(HOOKS, _name, _module)
-for _registry, _name in (
-    (OPTIM_WRAPPERS, 'BFloat16OptimWrapper'),
-    (STRATEGIES, 'FullStateFSDPStrategy'),
-):
-    register_lazily(_registry, _name, _LATER[_name])
+register_lazily(OPTIM_WRAPPERS, 'BFloat16OptimWrapper', '.engine')
 open_scope()
 
 

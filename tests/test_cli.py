@@ -7,7 +7,6 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -234,23 +233,6 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
     assert cfg.optim_wrapper == dict(type='BFloat16OptimWrapper', optimizer=optimizer)
 
 
-def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
-    built = []
-    runner = SimpleNamespace(hooks=[], register_hook=lambda hook: None)
-    build = lambda cfg: built.append(cfg) or runner  # noqa: E731
-    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', build)
-    monkeypatch.setattr('convmlp_mm.cli.runner._prepare_gloo', lambda cfg: None)
-    strategy = dict(type='FullStateFSDPStrategy')
-    build_runner(tiny_cfg(tmp_path, strategy=strategy, launcher='pytorch'))
-    (cfg,) = built
-    assert cfg.runner_type == 'FlexibleRunner' and cfg.strategy == strategy
-
-    runner = build_runner(
-        tiny_cfg(tmp_path, strategy=strategy, runner_type='FlexibleRunner')
-    )
-    assert type(runner).__name__ == 'Runner'
-
-
 def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypatch):
     init = Mock()
     monkeypatch.setattr('convmlp_mm.cli.runner.init_dist', init)
@@ -268,13 +250,12 @@ def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypat
     init.assert_called_once_with('pytorch', backend='nccl', timeout=9, **options)
 
 
-def test_strategy_with_moving_average_is_refused(config_file):
-    options = {
-        'strategy.type': 'FullStateFSDPStrategy',
-        'custom_hooks': [dict(type='EMAHook')],
-    }
-    with pytest.raises(ValueError, match='strategy does not go with EMAHook'):
-        load_config(args(config_file, cfg_options=options))
+@pytest.mark.parametrize(
+    'option', [{'strategy.type': 'FSDPStrategy'}, {'runner_type': 'FlexibleRunner'}]
+)
+def test_other_ways_to_share_a_model_are_refused(config_file, option):
+    with pytest.raises(ValueError, match='the tools train with DDP only'):
+        load_config(args(config_file, cfg_options=option))
 
 
 def test_num_classes_option_reaches_every_head(tmp_path):

@@ -144,27 +144,21 @@ def _check_path(path: str, key: str, what: str) -> None:
         raise NotADirectoryError(f'{what} {path!r} is a file {named}')
 
 
-def check_checkpoint(path: str, folder: bool = False) -> None:
+def check_checkpoint(path: str) -> None:
     """Check that a checkpoint is there; of a URL, only the run can tell.
 
     Args:
         path (str): Path or URL.
-        folder (bool): Whether it may be a folder, as DeepSpeed writes it. Defaults to
-            False.
 
     Raises:
         FileNotFoundError: If it does not exist.
-        IsADirectoryError: If it is a folder and must not be.
+        IsADirectoryError: If it is a folder.
     """
     if '://' in path or osp.isfile(path):
         return
     if not osp.isdir(path):
         raise FileNotFoundError(f'checkpoint {path!r} does not exist')
-    if not folder:
-        raise IsADirectoryError(
-            f'checkpoint {path!r} is a folder; how to make a file of what DeepSpeed '
-            'saves is said in docs/clusters.md'
-        )
+    raise IsADirectoryError(f'checkpoint {path!r} is a folder, not a file')
 
 
 def check_gpus() -> None:

@@ -101,9 +101,8 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: If the configuration does not exist.
-        ValueError: If there are more processes than GPUs, or if a ``strategy`` goes
-            with the moving average of EMAHook, or DeepSpeed's with a file as
-            ``load_from``.
+        ValueError: If there are more processes than GPUs, or if the configuration has a
+            ``strategy``.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_gpus()
@@ -111,8 +110,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
-    if cfg.get('strategy'):
-        _check_strategy(cfg)
+    _refuse_strategy(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -150,20 +148,14 @@ def _name_dropped_hooks(cfg: Config) -> list[str]:
     ]
 
 
-def _check_strategy(cfg: Config) -> None:
-    """Refuse what mmengine's strategies fail on in the middle."""
-    hooks = cfg.get('custom_hooks') or []
-    if any(h.get('type') == 'EMAHook' for h in hooks):
+def _refuse_strategy(cfg: Config) -> None:
+    """Refuse what would train beside the hooks that make runs whole and exact."""
+    found = {k: cfg[k] for k in ('strategy', 'runner_type') if cfg.get(k)}
+    if found.get('strategy') or found.get('runner_type') == 'FlexibleRunner':
+        key = next(iter(found))
         raise ValueError(
-            'strategy does not go with EMAHook in custom_hooks, which needs the whole '
-            'model in each process'
-        )
-    start = cfg.get('load_from')
-    if cfg.strategy.type == 'DeepSpeedStrategy' and start and not osp.isdir(start):
-        raise ValueError(
-            'with strategy.type=DeepSpeedStrategy, load_from must be a folder that '
-            f'DeepSpeed has saved, but is {start!r}; weights of the backbone are '
-            'loaded by model.backbone.init_cfg'
+            f'{key} is {found[key]!r}, but the tools train with DDP only: the largest '
+            'model of this package has 62 M parameters, which every GPU holds'
         )
 
 

@@ -95,8 +95,7 @@ def build_runner(cfg: Config) -> Runner:
     configuration is taken as it is.
 
     Args:
-        cfg (Config): It is changed on the CPU, and where it has a ``strategy``,
-            which only the FlexibleRunner knows.
+        cfg (Config): It is changed on the CPU.
 
     Returns:
         Runner: Of the type ``runner_type``, if the configuration has it.
@@ -105,8 +104,6 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'slurm':
         read_slurm()
     check_while_reading(cfg.get('default_scope'))
-    if cfg.get('strategy') is not None:
-        _fit_strategy(cfg)
     if get_device() == 'cpu':
         keep_memory()
         _fit_to_cpu(cfg)
@@ -122,17 +119,6 @@ def build_runner(cfg: Config) -> Runner:
         runner.register_hook(CheckWeightsHook())
     check_optimizer(cfg)
     return runner
-
-
-def _fit_strategy(cfg: Config) -> None:
-    """Let a strategy be the one option that it takes."""
-    if cfg.launcher == 'none':
-        # One process has nobody to share with, and loads the whole model.
-        cfg.pop('strategy')
-        cfg.pop('runner_type', None)
-        print('one process: the plain Runner, without a strategy', file=sys.stderr)
-        return
-    cfg.setdefault('runner_type', 'FlexibleRunner')
 
 
 def read_weights_only() -> None:
@@ -250,10 +236,6 @@ def _prepare_gloo(cfg: Config) -> None:
     """
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo', **_meeting_place())
-    strategy = cfg.get('strategy') or {}
-    if strategy.get('type') == 'DDPStrategy':
-        strategy.setdefault('model_wrapper', dict(broadcast_buffers=False))
-        strategy.model_wrapper.setdefault('device_ids', None)
     if cfg.get('model_wrapper_cfg') is None:
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',

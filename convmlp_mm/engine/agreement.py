@@ -8,11 +8,8 @@ from collections import defaultdict
 import torch
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import EarlyStoppingHook, Hook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ['AgreementHook', 'steps_of']
 
@@ -71,8 +68,7 @@ class AgreementHook(Hook):
             ),
         }
         ends = []
-        # The states of a FlexibleRunner are in parts.
-        if isinstance(runner, Runner) and 'optimizer' in checkpoint:
+        if 'optimizer' in checkpoint:
             states = [scheduler.state_dict() for scheduler in _schedulers(runner)]
             saved = checkpoint.get('param_schedulers')
             before = _recipe(checkpoint['optimizer'], saved)
@@ -172,9 +168,7 @@ def _compare_processes(runner: Runner) -> None:
 
 
 def _checksum(model: torch.nn.Module) -> int:
-    """Return the CRC-32 of the weights; 0 where each process has a part of them."""
-    if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
-        return 0
+    """Return the CRC-32 of the weights."""
     checksum = 0
     for param in model.parameters():
         content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -189,9 +183,7 @@ def _listed(schedulers: list | dict | None) -> list:
 
 
 def _schedulers(runner: Runner) -> list:
-    # FlexibleRunner loads before it builds them.
-    found = _listed(runner.param_schedulers)
-    return [s for s in found if isinstance(s, _ParamScheduler)]
+    return _listed(runner.param_schedulers)
 
 
 def _recipe(optimizer: dict, schedulers: list | dict | None) -> dict[str, object]:

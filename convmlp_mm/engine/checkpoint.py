@@ -47,8 +47,7 @@ class SafeCheckpointHook(CheckpointHook):
     All of mmengine's CheckpointHook, and:
 
     - Local files are written beside the old ones and then take their names, so that
-      a kill or a full disk leaves what was there, ``last_checkpoint`` too. Files of
-      DeepSpeed, which writes folders of its own, are not.
+      a kill or a full disk leaves what was there, ``last_checkpoint`` too.
     - What ``max_keep_ckpts`` and ``save_best`` replace is removed after the new file
       is there.
     - What cannot be saved is reported, with the checkpoint that is still good, and
@@ -90,8 +89,7 @@ class SafeCheckpointHook(CheckpointHook):
         """Choose what the runner resumes from, or else starts from.
 
         Args:
-            runner (Runner): ``_resume`` and ``_load_from`` are changed. The one
-                that is called FlexibleRunner has already loaded when it calls this.
+            runner (Runner): ``_resume`` and ``_load_from`` are changed.
         """
         training = isinstance(runner._train_loop, BaseLoop)
         if not training or not runner._resume or runner._has_loaded:

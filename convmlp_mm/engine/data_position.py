@@ -26,9 +26,7 @@ def build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
         return
     settings = dict(settings)
     settings['dataset'] = loop.dataloader.dataset
-    # FlexibleRunner leaves the numbers to its strategy.
-    randomness = getattr(runner, '_randomness_cfg', None) or {}
-    diff_rank_seed = randomness.get('diff_rank_seed', False)
+    diff_rank_seed = runner._randomness_cfg.get('diff_rank_seed', False)
     loop.dataloader = runner.build_dataloader(
         settings, seed=seed, diff_rank_seed=diff_rank_seed
     )

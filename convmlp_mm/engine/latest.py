@@ -76,8 +76,7 @@ def _others(work_dir: str, named: list[str]) -> list[list[str]]:
                     entry.name.endswith('.pth')
                     and not entry.name.startswith(('best_', '.'))
                     and not HASH_IN_NAME.search(entry.name)
-                    # A folder is one that DeepSpeed has saved.
-                    and (entry.is_file() or entry.is_dir())
+                    and entry.is_file()
                     and entry.path not in named
                 ):
                     numbers = [int(n) for n in re.findall(r'\d+', entry.name)]

@@ -11,7 +11,17 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner.amp import autocast
 from torch import nn
 
-__all__ = ['BFloat16OptimWrapper']
+__all__ = ['BFloat16OptimWrapper', 'has_bfloat16']
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies matrices in bfloat16 (Linux only)."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            flags = set(file.read().split())
+    except OSError:
+        return False
+    return not flags.isdisjoint({'amx_bf16', 'avx512_bf16', 'bf16'})
 
 
 @OPTIM_WRAPPERS.register_module(force=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os.path as osp
-
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -74,9 +72,7 @@ class CheckWeightsHook(Hook):
         if (checkpoint.get('meta') or {}).pop('config', None) is not None:
             print_log(f'meta.config of {name} is not read.', logger='current')
         if runner._resume:
-            # DeepSpeed saves a folder.
-            if 'state_dict' in checkpoint or not osp.isdir(name):
-                self._check_resumed(runner, model, checkpoint, name)
+            self._check_resumed(runner, model, checkpoint, name)
             return
         if not isinstance(getattr(model, 'backbone', None), ConvMLP):
             check_tensors(without_module(checkpoint), name)
@@ -227,8 +223,7 @@ class ChannelsLastHook(Hook):
         DDP has made its buckets by then, with the strides of the old layout, and
         would give wrong gradients of every changed weight: in the first step, and
         with ``find_unused_parameters`` in all. It is therefore made again, around
-        the same parameters. (The strategies of the FlexibleRunner keep what they
-        have wrapped; there, the layout stays as it is.)
+        the same parameters.
 
         Args:
             runner (Runner): The runner.
@@ -245,9 +240,7 @@ class ChannelsLastHook(Hook):
             )
         elif not is_model_wrapper(model):
             use_channels_last(inner)
-        elif isinstance(model, DistributedDataParallel) and hasattr(
-            runner, 'wrap_model'
-        ):
+        elif isinstance(model, DistributedDataParallel):
             layouts = [p.stride() for p in inner.parameters()]
             use_channels_last(inner)
             # The loops of a runner call this hook once each.

@@ -19,7 +19,7 @@ STEPS, SAMPLES, TYPES = 'step_size', 'training_samples', 'recipe_types'
 PROGRESS = ('base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs')
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class AgreementHook(Hook):
     """Stop a run whose processes disagree, or that disagrees with its checkpoint.
 

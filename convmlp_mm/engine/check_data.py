@@ -27,7 +27,7 @@ OF_TEXT = ('language_model', 'text_encoder')
 ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class CheckDataHook(Hook):
     """Check that data and model belong together, and that files are whole.
 

@@ -40,7 +40,7 @@ def _configured_start(runner: Runner) -> str | None:
     return start and osp.expanduser(start)
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """Save whole files, in an order in which a good one always remains.
 

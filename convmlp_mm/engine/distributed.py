@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 __all__ = ['OneMetricsFileHook', 'SyncStatisticsHook']
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class SyncStatisticsHook(Hook):
     """Average the running statistics of BN over the processes in each iteration.
 
@@ -52,7 +52,7 @@ class SyncStatisticsHook(Hook):
             all_reduce_params(statistics, op='mean')
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class OneMetricsFileHook(Hook):
     """Let the first process alone write the metrics of a test.
 

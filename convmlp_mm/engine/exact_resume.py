@@ -27,7 +27,7 @@ __all__ = ['ExactResumeHook', 'check_state']
 KEY = 'exact_resume'
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class ExactResumeHook(Hook):
     """Save and restore what the Runner forgets when it resumes.
 

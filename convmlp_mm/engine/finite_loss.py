@@ -24,7 +24,7 @@ __all__ = ['FiniteLossHook']
 FINE, INFINITE, NOT_A_NUMBER = range(3)
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class FiniteLossHook(Hook):
     """Stop the run at the first loss that is NaN or Inf.
 

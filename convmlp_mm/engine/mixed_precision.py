@@ -24,7 +24,7 @@ def has_bfloat16() -> bool:
     return not flags.isdisjoint({'amx_bf16', 'avx512_bf16', 'bf16'})
 
 
-@OPTIM_WRAPPERS.register_module(force=True)
+@OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
     """Train with ``torch.autocast`` in bfloat16, on a CPU too.
 

@@ -36,7 +36,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class CheckWeightsHook(Hook):
     """Check the checkpoints of a run, and take published files as they are.
 
@@ -200,7 +200,7 @@ def _logits_for_loss(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor
     return logits.contiguous() if module.training else logits
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class ChannelsLastHook(Hook):
     """Let neck and head work in the layout that the backbone computes in.
 
@@ -261,7 +261,7 @@ def _inductor_options() -> dict:
     return {name: True} if hasattr(config, name) else {}
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class CompileBackboneHook(Hook):
     """Compile the backbone where the configuration says ``compile``.
 

@@ -29,7 +29,7 @@ __all__ = ['PreemptionHook']
 SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGINT')
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class PreemptionHook(Hook):
     """Stop at the end of an iteration when a signal asks for it.
 

@@ -23,7 +23,7 @@ BEST = 'summary_best'
 PICTURES = ('.png', '.jpg', '.jpeg')
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class SummaryHook(Hook):
     """Log at the end of training what one looks for in the log otherwise.
 

@@ -26,7 +26,7 @@ __all__ = ['SafeLogHook', 'TensorBoardHook']
 WRITING = ('add_scalar', 'add_scalars', 'add_image', 'close')
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class TensorBoardHook(Hook):
     """Write the scalars of training for TensorBoard too, where it is installed.
 
@@ -64,7 +64,7 @@ class TensorBoardHook(Hook):
         backends['TensorboardVisBackend'] = backend
 
 
-@HOOKS.register_module(force=True)
+@HOOKS.register_module()
 class SafeLogHook(Hook):
     """Let a training go on whose log cannot be written, as on a full disk.
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from toy import LENGTH, free_port, write_config
 
-from convmlp_mm import cli, elastic
-from convmlp_mm.engine.saving import NotSavedError
-from convmlp_mm.launch import MISTAKE, PREEMPTED
+from convmlp_mm import launch
+from convmlp_mm.hooks.saving import NotSavedError
+from convmlp_mm.launch import elastic
+from convmlp_mm.launch.process import MISTAKE, PREEMPTED
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 
@@ -181,13 +182,13 @@ def test_full_disk_before_the_first_checkpoint_is_not_tried_again(tmp_path):
 )
 def test_what_comes_again_is_not_tried_again(monkeypatch, capsys, error, code):
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    with pytest.raises((type(error), SystemExit)) as info, cli.final_mistakes():
+    with pytest.raises((type(error), SystemExit)) as info, launch.final_mistakes():
         raise error
     assert getattr(info.value, 'code', None) == code
     # The trace is there, whoever prints it.
     assert (str(error) in capsys.readouterr().err) == (code is not None)
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT')
-    with pytest.raises(type(error)), cli.final_mistakes():
+    with pytest.raises(type(error)), launch.final_mistakes():
         raise error
 
 
@@ -368,7 +369,7 @@ def test_restart_goes_on_from_what_this_launch_saved(
     monkeypatch.delenv('CONVMLP_MM_LAUNCH_ID', raising=False)
     if launch is not None:
         monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch)
-    path = cli.checkpoint_of_restart(str(tmp_path), resume)
+    path = launch.checkpoint_of_restart(str(tmp_path), resume)
     assert path == (str(saved) if found else None)
 
 
@@ -382,7 +383,7 @@ def test_slurm_tells_the_ranks(monkeypatch):
         monkeypatch.delenv(key)
     for key, value in {**SLURM, 'SLURM_JOB_ID': '70123', 'MASTER_ADDR': 'a'}.items():
         monkeypatch.setenv(key, value)
-    cli.read_slurm()
+    launch.read_slurm()
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     assert [os.environ[n] for n in names] == ['3', '4', '1', 'a', '15123']
 
@@ -391,4 +392,4 @@ def test_slurm_launcher_without_srun_is_named(monkeypatch):
     for key in SLURM:
         monkeypatch.delenv(key, raising=False)
     with pytest.raises(ValueError, match='SLURM_PROCID and SLURM_NTASKS are not'):
-        cli.read_slurm()
+        launch.read_slurm()

@@ -341,7 +341,7 @@ before = attributes()
 import convmlp_mm
 after = attributes()
 changed = [key for key in before if after[key] is not before[key]]
-# The registry of addresses is a new dict with one more; the others are the interpreter's.
+# The registry of addresses is a new dict with one more.
 allowed = '_schemes', '_abc', '__'
 assert not [key for key in changed if not key[-1].startswith(allowed)], changed
 assert not {'mmdet', 'mmseg', 'mmpretrain'} & set(sys.modules)

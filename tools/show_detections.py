@@ -20,7 +20,7 @@ import mmcv
 import numpy as np
 from pycocotools.coco import COCO
 
-from convmlp_mm.cli import one_line_errors
+from convmlp_mm.launch import one_line_errors
 
 PANEL_INCHES = 2.6
 

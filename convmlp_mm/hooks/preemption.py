@@ -18,12 +18,15 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from ..launch import PREEMPTED
 from .saving import PREEMPTED_FILE as KEY
 from .saving import checkpoint_hooks, remove_checkpoint
 from .work_dir import work_dir_lock
 
-__all__ = ['PreemptionHook']
+__all__ = ['PREEMPTED', 'PreemptionHook']
+
+# The exit code of a run that was saved and stopped, to go on in another allocation.
+# tools/slurm_run.sh knows it.
+PREEMPTED = 85
 
 # What schedulers send: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM any.
 SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGINT')
@@ -36,7 +39,7 @@ class PreemptionHook(Hook):
     The signal may reach one process or all of them, in different iterations. After
     each ``interval`` iterations the processes agree, so that all of them stop at the
     same one. Then a checkpoint is saved, from which ``--resume`` goes on, and the
-    processes exit with :data:`convmlp_mm.launch.PREEMPTED`, on which
+    processes exit with :data:`PREEMPTED`, on which
     ``tools/slurm_train.sh`` has the job queued again.
 
     In the middle of an epoch the checkpoint says that ``epoch`` epochs and ``iter``
@@ -59,7 +62,7 @@ class PreemptionHook(Hook):
     as they would without this hook.
 
     While it trains, the first process holds the lock of the work dir, see
-    :func:`convmlp_mm.engine.work_dir.work_dir_lock`.
+    :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
 
     Args:
         signals (Sequence[str]): Names of the signals, of ``'SIGTERM'``,

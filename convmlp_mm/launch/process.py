@@ -7,12 +7,13 @@ import os
 import signal
 import sys
 
+from ..hooks.preemption import PREEMPTED
+
 __all__ = ['MISTAKE', 'PREEMPTED', 'end_with_launcher', 'keep_memory']
 
-# Exit codes after which starting again in the same way is of no use: what the user
-# has to mend, as argparse has it; and saved and stopped, for another allocation.
-# tools/slurm_run.sh knows the second.
-MISTAKE, PREEMPTED = 2, 85
+# The exit code for what the user has to mend, as argparse has it. As after PREEMPTED,
+# starting again in the same way is of no use.
+MISTAKE = 2
 
 # The parameter of prctl(2) for the signal that a process gets when its parent ends.
 PR_SET_PDEATHSIG = 1
@@ -54,9 +55,9 @@ def keep_memory() -> bool:
 def end_with_launcher() -> None:
     """Have this process told to end (SIGTERM) when its launcher is killed.
 
-    Of the processes that ``convmlp_mm.elastic`` starts, a training then saves and
-    stops, where it has PreemptionHook, and anything else ends at once. Other launchers
-    and systems than Linux see to that themselves, or do not.
+    A training that :mod:`convmlp_mm.launch.elastic` has started then saves and stops,
+    where it has PreemptionHook, and anything else ends at once. Other launchers and
+    systems than Linux see to that themselves, or do not.
     """
     # What this process starts has other parents.
     launcher = os.environ.pop('CONVMLP_MM_LAUNCHER', None)

@@ -17,11 +17,11 @@ from mmengine.runner import CheckpointLoader, Runner, checkpoint
 from ..checkpoint_io import read_checkpoint
 from ..config_checks import check_optimizer
 from ..data_checks import check_while_reading
-from ..engine.latest import find_latest_checkpoint
-from ..engine.model_hooks import CheckWeightsHook
-from ..engine.work_dir import LaunchHook, work_dir_lock
-from ..launch import keep_memory
+from ..hooks.latest import find_latest_checkpoint
+from ..hooks.model import CheckWeightsHook
+from ..hooks.work_dir import LaunchHook, work_dir_lock
 from .options import map_config
+from .process import keep_memory
 
 __all__ = [
     'build_runner',
@@ -49,7 +49,7 @@ def lock_of_training(cfg: Config) -> AbstractContextManager:
         cfg (Config): With ``work_dir`` and ``launcher``.
 
     Returns:
-        AbstractContextManager: See :func:`convmlp_mm.engine.work_dir.work_dir_lock`.
+        AbstractContextManager: See :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
     """
     first = os.environ.get(RANK.get(cfg.launcher, ''), '0') == '0'
     return work_dir_lock(cfg.work_dir) if first else nullcontext()

@@ -8,7 +8,7 @@ from .exact_resume import ExactResumeHook
 from .finite_loss import FiniteLossHook
 from .latest import find_latest_checkpoint
 from .mixed_precision import BFloat16OptimWrapper
-from .model_hooks import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
+from .model import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
 from .preemption import PreemptionHook
 from .summary import SummaryHook
 from .tracking import SafeLogHook, TensorBoardHook

@@ -148,7 +148,7 @@ def find_latest_checkpoint(
         work_dir (str | PathLike): The folder of the run. It may have been moved:
             what ``last_checkpoint`` names is looked for here first.
         launch (str, optional): Pass over checkpoints that another launch has saved,
-            see :class:`convmlp_mm.engine.work_dir.LaunchHook`. Defaults to None, which
+            see :class:`convmlp_mm.hooks.work_dir.LaunchHook`. Defaults to None, which
             means any.
 
     Returns:

@@ -1,7 +1,7 @@
 """torchrun, for runs that are stopped, fail for good, or lose a process.
 
-``tools/dist_run.sh`` runs it as ``python -m convmlp_mm.elastic`` with the options of
-torchrun. It is torchrun but for four things:
+``tools/dist_run.sh`` runs it as ``python -m convmlp_mm.launch.elastic`` with torchrun's
+options. It is torchrun but for four things:
 
 - When a process ends with an exit code of :data:`FINAL`, none is started again, and
   the launcher ends with that code.
@@ -42,7 +42,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 
-from .launch import MISTAKE, PREEMPTED
+from .process import MISTAKE, PREEMPTED
 
 __all__ = ['FINAL', 'Agent', 'check_port', 'main', 'own_address']
 

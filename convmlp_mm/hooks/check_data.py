@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from ..convmlp import ConvMLP
-from .model_hooks import _unwrap
+from .model import _unwrap
 
 __all__ = ['CheckDataHook']
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from ..launch import MISTAKE
+from .process import MISTAKE
 
 __all__ = ['closing_group', 'final_mistakes', 'one_line_errors']
 

@@ -342,7 +342,7 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
 
 
 @pytest.mark.parametrize(
-    ('attempt', 'launch', 'resume', 'found'),
+    ('attempt', 'launch_id', 'resume', 'found'),
     [
         (0, 'this', 'auto', False),
         (1, 'this', None, True),
@@ -354,7 +354,7 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
     ],
 )
 def test_restart_goes_on_from_what_this_launch_saved(
-    tmp_path, monkeypatch, attempt, launch, resume, found
+    tmp_path, monkeypatch, attempt, launch_id, resume, found
 ):
     saved = tmp_path / 'epoch_1.pth'
     meta = dict(epoch=1, iter=2, launch='this')
@@ -367,8 +367,8 @@ def test_restart_goes_on_from_what_this_launch_saved(
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
     monkeypatch.setenv('CONVMLP_MM_ATTEMPT', str(attempt))
     monkeypatch.delenv('CONVMLP_MM_LAUNCH_ID', raising=False)
-    if launch is not None:
-        monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch)
+    if launch_id is not None:
+        monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch_id)
     path = launch.checkpoint_of_restart(str(tmp_path), resume)
     assert path == (str(saved) if found else None)
 

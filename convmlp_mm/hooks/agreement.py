@@ -11,6 +11,8 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ._mmengine import accumulative_counts, is_resumed, load_from
+
 __all__ = ['AgreementHook', 'steps_of']
 
 # Of the checkpoint's meta.
@@ -58,7 +60,7 @@ class AgreementHook(Hook):
         Raises:
             ValueError: If they differ.
         """
-        if not runner._resume:
+        if not is_resumed(runner):
             return
         meta, note = checkpoint.get('meta') or {}, _note(runner)
         changes = {
@@ -79,7 +81,7 @@ class AgreementHook(Hook):
         named = [f'{what} ({_shorten(c)})' for what, c in changes.items() if c]
         another = (
             'begin another from its weights, in another --work-dir, without --resume '
-            f'and with --cfg-options load_from={runner._load_from}'
+            f'and with --cfg-options load_from={load_from(runner)}'
         )
         if named:
             raise ValueError(
@@ -103,7 +105,7 @@ class AgreementHook(Hook):
         """
         if get_world_size() > 1:
             _compare_processes(runner)
-        if not runner._resume:
+        if not is_resumed(runner):
             return
         for hook in runner.hooks:
             if isinstance(hook, EarlyStoppingHook):
@@ -127,11 +129,10 @@ def steps_of(runner: Runner) -> dict[str, int]:
     batch_size = next(
         (s.batch_size for s in sizes if getattr(s, 'batch_size', None)), 1
     )
-    accumulated = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
     return dict(
         processes=get_world_size(),
         batch_size=batch_size,
-        accumulative_counts=accumulated,
+        accumulative_counts=accumulative_counts(runner),
     )
 
 

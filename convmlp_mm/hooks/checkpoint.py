@@ -8,10 +8,11 @@ from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 
 from ..files import remove_leftovers, write_file
 from ..storage import atomic_local_files
+from ._mmengine import is_loaded, is_resumed, is_training, load_from, set_start
 from .latest import NOTE, find_latest_checkpoint, named_checkpoint
 from .saving import (
     OUTDATED,
@@ -89,18 +90,17 @@ class SafeCheckpointHook(CheckpointHook):
         """Choose what the runner resumes from, or else starts from.
 
         Args:
-            runner (Runner): ``_resume`` and ``_load_from`` are changed.
+            runner (Runner): What it loads is changed.
         """
-        training = isinstance(runner._train_loop, BaseLoop)
-        if not training or not runner._resume or runner._has_loaded:
+        if not is_training(runner) or not is_resumed(runner) or is_loaded(runner):
             return
         if self.start_is_chosen:
             return
         start = _configured_start(runner)
-        if runner._load_from is not None and runner._load_from != start:
+        if load_from(runner) not in (None, start):
             return
         newest = find_latest_checkpoint(runner.work_dir)
-        runner._resume, runner._load_from = newest is not None, newest or start
+        set_start(runner, newest is not None, newest or start)
         if newest is None:
             runner.logger.info(
                 f'There is nothing to resume in {runner.work_dir}; training starts '
@@ -123,7 +123,7 @@ class SafeCheckpointHook(CheckpointHook):
             for folder in filter(osp.isdir, sorted(folders)):
                 for name in remove_leftovers(folder):
                     runner.logger.info(f'Removed {name}, of a run that was killed.')
-            if runner._resume:
+            if is_resumed(runner):
                 self._outdated = list(runner.message_hub.get_info(OUTDATED, []))
         except OSError as error:
             runner.logger.warning(f'Cannot remove old files: {error}')

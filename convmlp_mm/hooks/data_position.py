@@ -8,6 +8,8 @@ from itertools import islice
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from ._mmengine import endless_iterator, train_loader_settings
+
 __all__ = ['AdvancedIterator', 'Remainder', 'build_loader_again', 'shift_batch_index']
 
 
@@ -20,13 +22,13 @@ def build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
             data set, unless the caller has built the loader.
         seed (int): The seed.
     """
-    settings = runner._train_dataloader
+    settings = train_loader_settings(runner)
     if not isinstance(settings, dict):
         # Built by the caller, who knows the seed.
         return
     settings = dict(settings)
     settings['dataset'] = loop.dataloader.dataset
-    diff_rank_seed = runner._randomness_cfg.get('diff_rank_seed', False)
+    diff_rank_seed = runner.cfg.get('randomness', {}).get('diff_rank_seed', False)
     loop.dataloader = runner.build_dataloader(
         settings, seed=seed, diff_rank_seed=diff_rank_seed
     )
@@ -147,8 +149,7 @@ class AdvancedIterator:
 
     def __init__(self, loop: IterBasedTrainLoop, passes: int) -> None:
         # What the loop has made for itself, for another loader.
-        self.batches = type(loop.dataloader_iterator)(loop.dataloader)
-        self.batches._epoch = passes
+        self.batches = endless_iterator(loop, passes)
         # A loop that skips by the sampler asks for none.
         by_sampler = getattr(loop, 'fast_forward_on_resume', False)
         self.to_skip = 0 if by_sampler else loop.iter

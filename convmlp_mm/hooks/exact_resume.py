@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
+from ._mmengine import decide_val_interval, is_resumed, is_training
 from .agreement import steps_of
 from .data_position import (
     AdvancedIterator,
@@ -121,7 +122,7 @@ class ExactResumeHook(Hook):
             checkpoint (dict): What the file holds.
         """
         state = checkpoint.pop(KEY, None)
-        if runner._resume:
+        if is_resumed(runner):
             self._state = state or {}
 
     def before_train(self, runner: Runner) -> None:
@@ -200,7 +201,7 @@ class ExactResumeHook(Hook):
             runner (Runner): The runner.
         """
         self._before_val = get_random_state()
-        if isinstance(runner._train_loop, BaseLoop):
+        if is_training(runner):
             self._validated_at = runner.iter
 
     def after_val(self, runner: Runner) -> None:
@@ -272,7 +273,7 @@ def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
 
 def _validate_if_due(runner: Runner, loop: BaseLoop, by_epoch: bool) -> None:
     """Run the validation that the run was stopped in or before."""
-    loop._decide_current_val_interval()
+    decide_val_interval(loop)
     done, end = runner.iter, runner.max_iters
     if by_epoch:
         if runner.iter != runner.epoch * len(loop.dataloader):

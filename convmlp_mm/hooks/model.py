@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +16,7 @@ from ..checkpoint_io import CheckpointError, check_content
 from ..convmlp import ConvMLP
 from ..layouts import without_module
 from ..weights import check_tensors, fit_checkpoint
+from ._mmengine import is_resumed, is_training, load_from
 from .latest import check_resumable, named_checkpoint
 from .saving import keep_own_files
 
@@ -66,18 +67,18 @@ class CheckWeightsHook(Hook):
                 cannot be resumed from it.
         """
         # mmengine, too, takes what is noted in the work dir if nothing is named.
-        name = runner._load_from or named_checkpoint(runner.work_dir) or ''
+        name = load_from(runner) or named_checkpoint(runner.work_dir) or ''
         model = _unwrap(runner.model)
         check_content(checkpoint, name)
         if (checkpoint.get('meta') or {}).pop('config', None) is not None:
             print_log(f'meta.config of {name} is not read.', logger='current')
-        if runner._resume:
+        if is_resumed(runner):
             self._check_resumed(runner, model, checkpoint, name)
             return
         if not isinstance(getattr(model, 'backbone', None), ConvMLP):
             check_tensors(without_module(checkpoint), name)
             return
-        training = isinstance(runner._train_loop, BaseLoop)
+        training = is_training(runner)
         state_dict, message = fit_checkpoint(model, checkpoint, name, partial=training)
         print_log(message, logger='current')
         if 'state_dict' not in checkpoint:

@@ -18,6 +18,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from ._mmengine import is_training
 from .saving import PREEMPTED_FILE as KEY
 from .saving import checkpoint_hooks, remove_checkpoint
 from .work_dir import work_dir_lock
@@ -116,7 +117,7 @@ class PreemptionHook(Hook):
             BlockingIOError: If another run trains in the work dir.
         """
         self._asked = self._agreed = False
-        if not isinstance(runner._train_loop, BaseLoop):
+        if not is_training(runner):
             return
         if dist.is_main_process():
             self._lock.enter_context(work_dir_lock(runner.work_dir))

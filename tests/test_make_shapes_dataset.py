@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-TOOL = Path(__file__).parents[1] / 'tools' / 'make_shapes_dataset.py'
+TOOL = Path(__file__).parents[1] / 'tools' / 'data' / 'make_shapes_dataset.py'
 SMALL = {'train': 6, 'val': 4, 'size': 96, 'seed': 3, 'classification_per_class': 2}
 TWO_TEXTURES = 6 + 1, 6 + 2
 

@@ -10,8 +10,8 @@ import modelindex
 from convmlp_mm.analysis.output import format_table
 from convmlp_mm.files import write_file
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN = '<!-- model zoo: written by tools/update_model_zoo.py -->\n'
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN = '<!-- model zoo: written by tools/data/update_model_zoo.py -->\n'
 END = '<!-- end of model zoo -->\n'
 
 
@@ -70,7 +70,7 @@ def main() -> int:
     if new == text:
         return 0
     if args.check:
-        print('README.md: run tools/update_model_zoo.py', file=sys.stderr)
+        print('README.md: run tools/data/update_model_zoo.py', file=sys.stderr)
         return 1
     write_file(readme, new, overwrite=True)
     return 0

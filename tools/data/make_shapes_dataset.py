@@ -15,7 +15,7 @@ The first two hold the same pictures. Label maps count like those of ADE20K: 0 i
 unlabelled (the seam between two backgrounds), and the classes start at 1.
 
 Example:
-    python tools/make_shapes_dataset.py data/shapes --train 400 --val 100
+    python tools/data/make_shapes_dataset.py data/shapes --train 400 --val 100
 """
 
 import argparse

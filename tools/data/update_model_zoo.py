@@ -2,6 +2,7 @@
 """Write the model-zoo tables of the README, which come from the metafiles."""
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,28 +16,8 @@ BEGIN = '<!-- model zoo: written by tools/data/update_model_zoo.py -->\n'
 END = '<!-- end of model zoo -->\n'
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='change nothing; exit with 1 if the tables are not up to date',
-    )
-    return parser.parse_args()
-
-
-def zoo_tables() -> str:
-    """Format the metafiles as Markdown, one table for each collection."""
-    index = modelindex.load(str(ROOT / 'model-index.yml'))
-    index.build_models_with_collections()
-    collections = {}
-    for model in index.models:
-        collections.setdefault(model.in_collection, []).append(model)
-    return '\n'.join(table(name, models) for name, models in collections.items())
-
-
-def table(name: str, models: list) -> str:
-    """Format the models of one collection."""
+def format_models(name: str, models: list) -> str:
+    """Format the models of one collection as Markdown."""
     rows = []
     for model in models:
         data = model.metadata.data
@@ -54,27 +35,31 @@ def table(name: str, models: list) -> str:
     left = [i for i, key in enumerate(header) if key in ('model', 'data', 'files')]
     lines = format_table(header, [list(row.values()) for row in rows], 'markdown', left)
     source = models[0].data['Reported By']
-    return f'### {name}\n\nMetrics: {source}.\n\n{lines}'
+    return f'### {name}\n\nMetrics: {source}.\n\n{lines}\n'
 
 
-def main() -> int:
-    args = parse_args()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    text = 'change nothing; exit with 1 if the tables are not up to date'
+    parser.add_argument('--check', action='store_true', help=text)
+    args = parser.parse_args()
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    groups = itertools.groupby(index.models, lambda model: model.in_collection)
+    tables = ''.join(format_models(name, list(models)) for name, models in groups)
     readme = ROOT / 'README.md'
     text = readme.read_text(encoding='utf-8')
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        print(f'{readme} lacks the line {BEGIN if not begin else END}', file=sys.stderr)
-        return 2
-    new = f'{head}{BEGIN}\n{zoo_tables()}\n{END}{tail}'
-    if new == text:
-        return 0
-    if args.check:
-        print('README.md: run tools/data/update_model_zoo.py', file=sys.stderr)
-        return 1
-    write_file(readme, new, overwrite=True)
-    return 0
+    try:
+        head, rest = text.split(BEGIN)
+        _, tail = rest.split(END)
+    except ValueError:
+        sys.exit(f'{readme} must have the lines {BEGIN}and {END}once')
+    new = f'{head}{BEGIN}\n{tables}{END}{tail}'
+    if new != text and args.check:
+        sys.exit('README.md: run tools/data/update_model_zoo.py')
+    if new != text:
+        write_file(readme, new, overwrite=True)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

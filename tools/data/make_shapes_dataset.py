@@ -179,7 +179,7 @@ def make_dataset(out: Path, args: dict[str, int]) -> bool:
         file = out / 'dataset.json'
         if file.is_file() and file.read_text() == manifest:
             return False
-        raise FileExistsError(f'{out} holds other things: choose another folder')
+        raise FileExistsError(f'{out} is not this data set: choose another folder')
     out.parent.mkdir(parents=True, exist_ok=True)
     # A hidden folder beside it can be renamed at once.
     with tempfile.TemporaryDirectory('.tmp', f'.{out.name}.', out.parent) as box:

@@ -366,7 +366,7 @@ class KeepLosses(Hook):
 def test_the_runner_trains_on_the_losses_of_contiguous_maps(name, tmp_path, tool):
     shapes = tmp_path / 'shapes'
     assert not tool(
-        'make_shapes_dataset.py', shapes, '--train', 4, '--val', 2
+        'data/make_shapes_dataset.py', shapes, '--train', 4, '--val', 2
     ).returncode
     found = []
     for twin in (False, True):

@@ -189,7 +189,7 @@ def main() -> None:
     (args.out / 'slow').mkdir()
     slow = SLOW_SAVES.format(seconds=args.slow)
     (args.out / 'slow' / 'sitecustomize.py').write_text(slow)
-    script = str(ROOT / 'tools' / 'make_shapes_dataset.py')
+    script = str(ROOT / 'tools' / 'data' / 'make_shapes_dataset.py')
     sizes = ['--train', '26', '--val', '4', '--size', '96']
     subprocess.run([sys.executable, script, str(args.out / 'data'), *sizes], check=True)
 

@@ -29,12 +29,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     path = dict(type=osp.expanduser)
     parser.add_argument('predictions', help='.bbox.json of CocoMetric', **path)
-    parser.add_argument(
-        'annotations', help='COCO annotation file of the same images', **path
-    )
+    parser.add_argument('annotations', help='COCO file of the same images', **path)
     parser.add_argument('images', help='folder of the images', **path)
-    parser.add_argument('out', help='picture to write, .png', **path)
-    parser.add_argument('--num', type=int, default=6, help='pictures to show')
+    parser.add_argument('out', help='sheet to write, .png', **path)
+    parser.add_argument('--num', type=int, default=6, help='images to show')
     parser.add_argument('--score-thr', type=float, default=0.4)
     parser.add_argument('--title', default='')
     return parser.parse_args()
@@ -43,60 +41,39 @@ def parse_args() -> argparse.Namespace:
 def draw(axes, image: np.ndarray, records: list[dict], names: dict[int, str]) -> None:
     """Draw COCO's boxes, which are x, y, width and height in pixels of the image."""
     axes.imshow(image, interpolation='bilinear')
-    axes.set_axis_off()
-    colours = plt.get_cmap('tab10').colors
     for record in records:
         x, y, width, height = record['bbox']
         label = record['category_id']
-        colour = colours[list(names).index(label) % len(colours)]
+        colour = f'C{list(names).index(label) % 10}'
         score = f' {record["score"]:.2f}' if 'score' in record else ''
-        axes.add_patch(
-            plt.Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.6)
-        )
-        axes.text(
-            x,
-            max(y, 0),
-            names[label] + score,
-            fontsize=6,
-            color='white',
-            # Above the box, but for boxes at the upper edge.
-            va='bottom' if y > 0.06 * image.shape[0] else 'top',
-            bbox=dict(facecolor=colour, edgecolor='none', pad=0.8),
-        )
+        box = plt.Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.6)
+        axes.add_patch(box)
+        # Above the box, but for boxes at the upper edge.
+        place = 'bottom' if y > 0.06 * image.shape[0] else 'top'
+        box = dict(facecolor=colour, edgecolor='none', pad=0.8)
+        text = dict(fontsize=6, color='white', va=place, bbox=box)
+        axes.text(x, max(y, 0), names[label] + score, **text)
 
 
-def draw_sheet(truth: COCO, found: COCO, args: argparse.Namespace):
-    """Draw pairs of ground truth and detections, two pairs in a row.
-
-    Args:
-        truth (COCO): The annotations.
-        found (COCO): The predictions.
-        args (Namespace): The options.
-
-    Returns:
-        matplotlib.figure.Figure: The sheet.
-    """
+def draw_sheet(truth: COCO, found: COCO, args: argparse.Namespace) -> plt.Figure:
+    """Draw pairs of ground truth and detections, two pairs in a row."""
     names = {c['id']: c['name'] for c in truth.dataset['categories']}
     ids = sorted(truth.imgs)
-    # Spread over the set rather than its first pictures.
+    # Spread over the set rather than its first images.
     index = np.linspace(0, len(ids) - 1, min(args.num, len(ids))).astype(int)
     rows = math.ceil(len(index) / 2)
+    size = 4 * PANEL_INCHES, rows * PANEL_INCHES + 0.4
     figure, grid = plt.subplots(
-        rows,
-        4,
-        figsize=(4 * PANEL_INCHES, rows * PANEL_INCHES + 0.4),
-        squeeze=False,
-        layout='constrained',
+        rows, 4, figsize=size, squeeze=False, layout='constrained'
     )
     for axes in grid.flat:
         axes.set_axis_off()
-    for i, image_id in enumerate(ids[k] for k in index):
-        left, right = grid[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
-        path = osp.join(args.images, truth.imgs[image_id]['file_name'])
+    for i, (left, right) in zip(index, grid.reshape(-1, 2)):
+        path = osp.join(args.images, truth.imgs[ids[i]]['file_name'])
         image = mmcv.imread(path, channel_order='rgb')
-        boxes = found.imgToAnns[image_id]
-        draw(left, image, truth.imgToAnns[image_id], names)
-        draw(right, image, [b for b in boxes if b['score'] >= args.score_thr], names)
+        boxes = [b for b in found.imgToAnns[ids[i]] if b['score'] >= args.score_thr]
+        draw(left, image, truth.imgToAnns[ids[i]], names)
+        draw(right, image, boxes, names)
         left.set_title('ground truth', fontsize=8)
         right.set_title(f'detections, score >= {args.score_thr}', fontsize=8)
     figure.suptitle(args.title, fontsize=9)

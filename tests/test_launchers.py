@@ -211,7 +211,7 @@ def test_address_of_this_machine_is_the_one_that_reaches_the_other():
 
 @pytest.mark.slow
 def test_two_machines_survive_a_kill_on_the_second(tmp_path):
-    tool = TOOLS / 'dev' / 'two_nodes.sh'
+    tool = Path(__file__).parent / 'cluster' / 'two_nodes.sh'
     tried = bash(tool, 'true', cwd=tmp_path)
     if tried.returncode == 77 or not shutil.which('ip'):
         pytest.skip(f'no network namespaces here: {tried.stderr.strip()}')
@@ -267,7 +267,7 @@ def test_slurm_launchers_say_how_they_are_used(tmp_path, tool, least):
     ],
 )
 def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
-    # What would be run; a real SLURM is in tools/dev.
+    # What would be run; a real SLURM is in tests/cluster.
     (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / 'srun').chmod(0o755)
     env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS=4, SRUN_ARGS='--x --y')

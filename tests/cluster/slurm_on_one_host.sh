@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A SLURM of two nodes on this machine, for trying tools/slurm_*.sh (as root, on Debian
 # with slurm-wlm, munge and nothing of SLURM running):
-#   tools/dev/slurm_on_one_host.sh FOLDER COMMAND [arguments]
+#   tests/cluster/slurm_on_one_host.sh FOLDER COMMAND [arguments]
 # starts it with its files in FOLDER, runs the command with SLURM_CONF set, and stops it.
 # Partitions: "low", whose jobs are preempted and queued again, and "high", for which
 # they are. Ports 17000 to 17002 of the loopback.

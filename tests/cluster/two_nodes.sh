@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a command on two machines that are network namespaces of this one (as root):
-#   tools/dev/two_nodes.sh COMMAND [arguments]
+#   tests/cluster/two_nodes.sh COMMAND [arguments]
 # Each has an address of its own, 10.231.N.1 and .2, and NNODES, NODE_RANK and
 # MASTER_ADDR for tools/dist_run.sh. Ends with the larger of the two exit codes, or with
 # 77 if this machine does not permit network namespaces.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Try tools/slurm_*.sh on the SLURM of slurm_on_one_host.sh with a tiny model:
-#   tools/dev/slurm_on_one_host.sh FOLDER tools/dev/try_slurm.sh FOLDER
+#   tests/cluster/slurm_on_one_host.sh FOLDER tests/cluster/try_slurm.sh FOLDER
 # Training and testing by srun on two nodes; jobs that are told to stop by a signal, that
 # are preempted by another partition, requeued by hand, near their time limit
 # and cancelled. Takes about fifteen minutes, most of it waiting for SLURM. ONLY names

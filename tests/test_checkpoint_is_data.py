@@ -23,7 +23,7 @@ from toy import LENGTH, write_config
 
 from convmlp_mm import ConvMLP, checkpoint_io
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.hooks import find_latest_checkpoint, latest
+from convmlp_mm.hooks import checkpoint, find_latest_checkpoint
 from convmlp_mm.weights import fit_checkpoint
 
 # Files
@@ -669,7 +669,7 @@ def test_malformed_checkpoint_is_named_and_the_one_before_is_taken(
     change(work / 'epoch_2.pth', spoil)
     os.utime(work / 'epoch_1.pth', (0, 0))
     lines = []
-    monkeypatch.setattr(latest, 'print_log', lambda line, **_: lines.append(line))
+    monkeypatch.setattr(checkpoint, 'print_log', lambda line, **_: lines.append(line))
     assert find_latest_checkpoint(work) == str(work / 'epoch_1.pth')
     (line,) = lines
     assert words in line

@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from convmlp_mm.checkpoint_io import read_checkpoint
 from convmlp_mm.files import remove_leftovers
 from convmlp_mm.hooks import SafeCheckpointHook, find_latest_checkpoint
+from convmlp_mm.hooks.checkpoint import AtomicLocalBackend, atomic_local_files
 from convmlp_mm.launch import closing_group
-from convmlp_mm.storage import AtomicLocalBackend, atomic_local_files
 
 # In bytes: the toy's checkpoint is larger than this, and its logs are smaller.
 LIMIT = 2**20
@@ -189,7 +189,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_old_file(tmp_path):
     before = (tmp_path / 'epoch_1.pth').read_bytes()
     child = (
         'import os, sys, time\n'
-        'from convmlp_mm.storage import AtomicLocalBackend\n'
+        'from convmlp_mm.hooks.checkpoint import AtomicLocalBackend\n'
         'def slow(_):\n'
         '    print("half-way", flush=True)\n'
         '    time.sleep(600)\n'

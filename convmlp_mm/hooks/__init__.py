@@ -2,14 +2,13 @@
 
 from .agreement import AgreementHook
 from .check_data import CheckDataHook
-from .checkpoint import SafeCheckpointHook
+from .checkpoint import SafeCheckpointHook, find_latest_checkpoint
 from .distributed import OneMetricsFileHook, SyncStatisticsHook
-from .exact_resume import ExactResumeHook
 from .finite_loss import FiniteLossHook
-from .latest import find_latest_checkpoint
 from .mixed_precision import BFloat16OptimWrapper
 from .model import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
 from .preemption import PreemptionHook
+from .resume import ExactResumeHook
 from .summary import SummaryHook
 from .tracking import SafeLogHook, TensorBoardHook
 

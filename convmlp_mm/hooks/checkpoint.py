@@ -2,29 +2,468 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import os.path as osp
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from numbers import Real
 
+import numpy as np
+import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer, MessageHub, print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
 from ..files import remove_leftovers, write_file
-from ..storage import atomic_local_files
+from ..weights import find_not_finite
 from ._mmengine import is_loaded, is_resumed, is_training, load_from, set_start
-from .latest import NOTE, find_latest_checkpoint, named_checkpoint
-from .saving import (
-    OUTDATED,
-    NotSavedError,
-    SavingRunner,
-    reason_of,
-    remove_checkpoint,
-    restore,
-    together,
-)
+from .resume import KEY, check_state
+from .work_dir import KEY as LAUNCH
 
-__all__ = ['SafeCheckpointHook']
+__all__ = [
+    'AtomicLocalBackend',
+    'NotSavedError',
+    'SafeCheckpointHook',
+    'atomic_local_files',
+    'check_resumable',
+    'checkpoint_hooks',
+    'find_latest_checkpoint',
+    'keep_own_files',
+    'named_checkpoint',
+    'reason_of',
+    'remove_checkpoint',
+]
+
+
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's backend for local files, which replaces files at once.
+
+    The one that it is made of writes in place: who is killed, or finds the disk
+    full, leaves half a file where a whole one was. ``backend_args`` name this one
+    as ``dict(backend='atomic_local')``.
+    """
+
+    def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
+        """Write bytes, and folders that are missing.
+
+        Args:
+            obj (bytes): What the file will hold.
+            filepath (str | PathLike): The file.
+
+        Raises:
+            OSError: If it cannot be written; what was there is as it was.
+        """
+        os.makedirs(osp.dirname(filepath) or '.', exist_ok=True)
+        write_file(filepath, obj, overwrite=True)
+
+    def put_text(
+        self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8'
+    ) -> None:
+        """Write text as :meth:`put` does bytes.
+
+        Args:
+            obj (str): What the file will hold.
+            filepath (str | PathLike): The file.
+            encoding (str): How. Defaults to ``'utf-8'``.
+        """
+        self.put(obj.encode(encoding), filepath)
+
+    def copyfile_from_local(
+        self, src: str | os.PathLike, dst: str | os.PathLike
+    ) -> str | os.PathLike:
+        """Copy a file as :meth:`put` writes one.
+
+        Args:
+            src (str | PathLike): The file.
+            dst (str | PathLike): Its new path, or an existing folder.
+
+        Returns:
+            str | PathLike: The new path.
+        """
+        if osp.isdir(dst):
+            dst = osp.join(dst, osp.basename(src))
+        self.put(self.get(src), dst)
+        return dst
+
+
+register_backend('atomic_local', AtomicLocalBackend, force=True)
+
+
+@contextlib.contextmanager
+def atomic_local_files() -> Iterator[None]:
+    """Let mmengine write local files through :class:`AtomicLocalBackend`.
+
+    ``backend_args`` would reach ``Runner.save_checkpoint`` only: what publishes a
+    checkpoint ignores them. Other backends stay what they are.
+    """
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+    try:
+        yield
+    finally:
+        register_backend('local', LocalBackend, force=True, prefixes='')
+
+
+# Keys of the message hub, and so of each checkpoint. What a checkpoint that is being
+# saved replaces: who is killed before that is removed finds it there.
+OUTDATED = 'outdated_ckpts'
+# What a preempted run has saved in the middle of an epoch.
+PREEMPTED_FILE = 'preempted_ckpt'
+
+
+class NotSavedError(OSError):
+    """A file could not be written, in any of the processes.
+
+    Args:
+        message (str): What has happened.
+        number (int, optional): ``errno`` of what has happened. Defaults to None.
+    """
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = number
+
+
+class SavingRunner:
+    """A runner with another way to save; what else is asked, it passes on.
+
+    Args:
+        runner (Runner): The runner.
+        save (Callable): In place of its ``save_checkpoint``.
+    """
+
+    def __init__(self, runner: Runner, save: Callable) -> None:
+        self.wrapped, self.save_checkpoint = runner, save
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.wrapped, name)
+
+
+def together(work: Callable[[], None]) -> None:
+    """Fail in all processes if one has failed: they must not part ways.
+
+    Args:
+        work (Callable): It is called in each of them.
+
+    Raises:
+        NotSavedError: If it was by an OSError.
+        Exception: If it was by any other.
+    """
+    failure, found = None, None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+        disk = isinstance(error, OSError)
+        found = (disk, reason_of(error), error.errno if disk else None)
+    all_found = [item for item in all_gather_object(found) if item is not None]
+    if failure is not None and not found[0]:
+        raise failure
+    if all_found:
+        disk, text, number = min(all_found, key=lambda item: item[:2])
+        if not disk:
+            raise RuntimeError(f'another process cannot save: {text}')
+        raise NotSavedError(text, number) from failure
+
+
+def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
+    """List the hooks of a runner that save, of mmengine's class or of one below it.
+
+    Args:
+        runner (Runner): The runner.
+
+    Returns:
+        list[CheckpointHook]: In the order of their priority.
+    """
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+
+
+def _is_own_name(hook: CheckpointHook, name: object) -> bool:
+    """Whether a name is one that the hook gives to a file, or PreemptionHook does."""
+    template = r'\d+'.join(map(re.escape, re.split(r'\{.*?\}', hook.filename_tmpl)))
+    pattern = rf'(best_[^/\\]+_)?{template}|iter_\d+\.pth'
+    return isinstance(name, str) and re.fullmatch(pattern, name) is not None
+
+
+def remove_checkpoint(hook: CheckpointHook, name: str) -> None:
+    """Delete a file that this run has saved, if it is there.
+
+    Args:
+        hook (CheckpointHook): Of the main process; it knows the place.
+        name (str): Name of the file. Others than the hook's own, and folders, stay.
+
+    Raises:
+        OSError: If it cannot be deleted.
+    """
+    path = hook.file_backend.join_path(hook.out_dir, name)
+    if _is_own_name(hook, name) and hook.file_backend.isfile(path):
+        hook.file_backend.remove(path)
+
+
+def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
+    """Forget the files that a checkpoint names, unless the run has saved them.
+
+    The hooks remove, publish and replace what stands there. A run has saved what lies
+    where it saves, under one of its names, if the checkpoint lies there too.
+
+    Args:
+        runner (Runner): The runner, before its training.
+        info (dict): ``runtime_info`` in the message hub of the checkpoint; it is
+            changed.
+        resumed (str): The checkpoint.
+    """
+    hook = next(iter(checkpoint_hooks(runner)), None)
+    folder = runner.work_dir
+    if hook is not None and hook.out_dir not in (None, folder):
+        # As CheckpointHook will do.
+        folder = osp.join(hook.out_dir, osp.basename(folder.rstrip('/')))
+
+    def place(path: str) -> str:
+        return path if '://' in path else osp.realpath(osp.expanduser(path))
+
+    template = getattr(hook, 'filename_tmpl', '')
+    own = hook is not None and place(osp.dirname(resumed)) == place(folder)
+
+    def is_own(name: object) -> bool:
+        named = own and _is_own_name(hook, name)
+        return named and not osp.isdir(osp.join(folder, name))
+
+    for key, value in list(info.items()):
+        if key == 'keep_ckpt_ids':
+            steps = [n for n in value if type(n) is int] if type(value) is list else []
+            info[key] = [n for n in steps if is_own(template.format(n))]
+        elif key == OUTDATED:
+            info[key] = list(filter(is_own, value)) if type(value) is list else []
+        elif key == 'last_ckpt' or str(key).startswith('best_ckpt'):
+            # The run may have been moved.
+            info[key] = osp.join(folder, osp.basename(str(value)))
+            if not is_own(osp.basename(info[key])):
+                info.pop(key)
+        elif key == PREEMPTED_FILE and not is_own(value):
+            info.pop(key)
+
+
+def restore(hub: MessageHub, keys: list[str], before: dict) -> None:
+    """Give the message hub what it held, or did not hold, before.
+
+    Args:
+        hub (MessageHub): It is changed.
+        keys (list[str]): Of its information.
+        before (dict): What it held under them.
+    """
+    for key in keys:
+        if key in before:
+            hub.update_info(key, before[key])
+        else:
+            hub.pop_info(key)
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line what is wrong; paths of temporary files help nobody.
+
+    Args:
+        error (Exception): What was raised.
+
+    Returns:
+        str: Its first line.
+    """
+    text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
+
+
+# The file in which the Runner notes its last checkpoint.
+NOTE = 'last_checkpoint'
+
+
+def named_checkpoint(work_dir: str | os.PathLike) -> str | None:
+    """Find the checkpoint that ``last_checkpoint`` names.
+
+    Args:
+        work_dir (str | PathLike): The folder of the run, which may have been
+            moved since.
+
+    Returns:
+        str | None: A path or URL, or None if there is none.
+    """
+    *_, named = None, *_named(os.fspath(work_dir))[1]
+    return named
+
+
+def _named(work_dir: str) -> tuple[str, list[str]]:
+    """Return what ``last_checkpoint`` says, and the files that it may mean.
+
+    The one in the folder comes first: the run may have been moved, or copied.
+    """
+    note = osp.join(work_dir, NOTE)
+    try:
+        # Anything else may keep a reader waiting.
+        if not osp.isfile(note):
+            return '', []
+        with open(note, encoding='utf-8') as file:
+            named = file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return '', []
+    if '://' in named:
+        return named, [named]
+    paths = [osp.join(work_dir, osp.basename(named)), named]
+    paths = [path for path in paths if osp.isfile(path)]
+    if len(paths) == 2 and osp.samefile(*paths):
+        paths.pop()
+    return named, paths
+
+
+def _others(work_dir: str, named: list[str]) -> list[list[str]]:
+    """List further checkpoints of the run: by their kind of name, the latest first."""
+    folders = {osp.realpath(work_dir): work_dir}
+    for path in named:
+        # This is where out_dir of CheckpointHook may be.
+        if '://' not in path:
+            folders.setdefault(osp.realpath(osp.dirname(path)), osp.dirname(path))
+    files = defaultdict(list)
+    for folder in filter(osp.isdir, folders.values()):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if (
+                    entry.name.endswith('.pth')
+                    and not entry.name.startswith(('best_', '.'))
+                    and not HASH_IN_NAME.search(entry.name)
+                    and entry.is_file()
+                    and entry.path not in named
+                ):
+                    numbers = [int(n) for n in re.findall(r'\d+', entry.name)]
+                    key = numbers, entry.stat().st_mtime_ns, entry.path
+                    files[folder, re.sub(r'\d+', '', entry.name)].append(key)
+    return [[k[-1] for k in sorted(keys, reverse=True)] for keys in files.values()]
+
+
+def check_resumable(checkpoint: dict) -> None:
+    """Check that the Runner can go on from a checkpoint.
+
+    Args:
+        checkpoint (dict): What the file holds, after
+            :func:`~convmlp_mm.checkpoint_io.check_content`. Its logs are made again
+            from their numbers.
+
+    Raises:
+        ValueError: If something is missing, or is not what the Runner writes.
+    """
+    parts = ('state_dict', 'message_hub')
+    missing = [key for key in parts if not checkpoint.get(key)]
+    meta, hub = checkpoint.get('meta') or {}, checkpoint.get('message_hub') or {}
+    missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
+    if missing:
+        raise ValueError(f'it has no {", ".join(missing)}')
+    numbers = dict(epoch=meta['epoch'], iter=meta['iter'], seed=meta.get('seed') or 0)
+    for key, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f'meta.{key} is {number!r}')
+    for key in ('log_scalars', 'runtime_info', 'resumed_keys'):
+        if not isinstance(hub.get(key), dict):
+            raise ValueError(f'message_hub.{key} is no dict')
+    for key, value in hub['runtime_info'].items():
+        if str(key).startswith('best_score') and not isinstance(
+            value, (Real, torch.Tensor, np.generic)
+        ):
+            raise ValueError(f'message_hub.runtime_info.{key} is {value!r}')
+    for key, buffer in hub['log_scalars'].items():
+        if isinstance(buffer, HistoryBuffer):
+            try:
+                numbers = [np.array(numbers, float) for numbers in buffer.data]
+                hub['log_scalars'][key] = HistoryBuffer(*numbers)
+            except (AssertionError, AttributeError, TypeError, ValueError):
+                raise ValueError(f'message_hub.log_scalars.{key} is no log') from None
+    for key, kinds in (('optimizer', dict), ('param_schedulers', (dict, list))):
+        if not isinstance(checkpoint.get(key, {}), kinds):
+            raise ValueError(f'its {key} is a {type(checkpoint[key]).__name__}')
+    for key in ('state_dict', 'ema_state_dict', 'optimizer'):
+        spoilt = next(find_not_finite(checkpoint.get(key), key), None)
+        if spoilt is not None:
+            raise ValueError(f'there is NaN or Inf in {spoilt}')
+    if KEY in checkpoint:
+        check_state(checkpoint[KEY], checkpoint)
+
+
+def find_latest_checkpoint(
+    work_dir: str | os.PathLike, launch: str | None = None
+) -> str | None:
+    """Find the newest checkpoint of a run that the run can go on from.
+
+    It is the one that ``last_checkpoint`` names, or else the ``*.pth`` of the folder
+    that has the most iterations; of files whose names differ in their number alone,
+    the first that opens counts. Each is read as :func:`read_checkpoint` does. The best
+    ones (``best_*``) and published ones have no state of the optimizer and are passed
+    over. Those that do not open, or lack what it takes, are reported in one warning
+    each.
+
+    Args:
+        work_dir (str | PathLike): The folder of the run. It may have been moved:
+            what ``last_checkpoint`` names is looked for here first.
+        launch (str, optional): Pass over checkpoints that another launch has saved,
+            see :class:`convmlp_mm.hooks.work_dir.LaunchHook`. Defaults to None, which
+            means any.
+
+    Returns:
+        str | None: A path or URL, or None if there is no such checkpoint.
+
+    Raises:
+        ValueError: If there are checkpoints and none can be resumed from: to start
+            from the beginning would write over them.
+    """
+    work_dir, failed = os.fspath(work_dir), []
+
+    def read(path: str) -> tuple[int, str | None, str | None] | None:
+        """Return the iteration, the launch, and where the file was saved."""
+        try:
+            content = read_checkpoint(path)
+            check_resumable(content)
+            if 'optimizer' not in content:
+                raise ValueError('it has no optimizer')
+            meta, info = content['meta'], content['message_hub']['runtime_info']
+            return meta['iter'], meta.get(LAUNCH), info.get('last_ckpt')
+        # Of damaged bytes, unpickling makes any exception there is.
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            failed.append(repr(path))
+            print_log(
+                f'checkpoint {path!r} cannot be resumed from: {lines[0]}',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+    note, named = _named(work_dir)
+    for path in named:
+        if (content := read(path)) is None:
+            continue
+        _, its_launch, saved_at = content
+        # A file of this name in the work dir may be of a former run, when the one of
+        # the note saves elsewhere.
+        if path == named[-1] or saved_at in (None, note):
+            # Each save writes the note, so that a launch has none beside it.
+            return path if launch in (None, its_launch) else None
+    found = []
+    for paths in _others(work_dir, named):
+        for path in paths:
+            content = read(path)
+            if content is not None and launch in (None, content[1]):
+                found.append((content[0], osp.getmtime(path), path))
+                break
+    if found:
+        return max(found)[-1]
+    if failed:
+        more = f' and {len(failed) - 1} more' if failed[1:] else ''
+        raise ValueError(
+            f'no checkpoint in {work_dir!r} can be resumed from, not even {failed[0]}'
+            f'{more}, as said above; move them away to start from the beginning, which '
+            'would write over them'
+        )
+    return None
 
 
 def _configured_start(runner: Runner) -> str | None:

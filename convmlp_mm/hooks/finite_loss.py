@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from ..layouts import some_of
 from ..weights import find_not_finite
-from .latest import named_checkpoint
+from .checkpoint import named_checkpoint
 
 __all__ = ['FiniteLossHook']
 

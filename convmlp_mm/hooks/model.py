@@ -17,8 +17,7 @@ from ..convmlp import ConvMLP
 from ..layouts import without_module
 from ..weights import check_tensors, fit_checkpoint
 from ._mmengine import is_resumed, is_training, load_from
-from .latest import check_resumable, named_checkpoint
-from .saving import keep_own_files
+from .checkpoint import check_resumable, keep_own_files, named_checkpoint
 
 __all__ = [
     'ChannelsLastHook',

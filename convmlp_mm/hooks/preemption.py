@@ -19,8 +19,8 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ._mmengine import is_training
-from .saving import PREEMPTED_FILE as KEY
-from .saving import checkpoint_hooks, remove_checkpoint
+from .checkpoint import PREEMPTED_FILE as KEY
+from .checkpoint import checkpoint_hooks, remove_checkpoint
 from .work_dir import work_dir_lock
 
 __all__ = ['PREEMPTED', 'PreemptionHook']

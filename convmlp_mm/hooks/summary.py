@@ -12,7 +12,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from .saving import checkpoint_hooks
+from .checkpoint import checkpoint_hooks
 
 __all__ = ['SummaryHook']
 

@@ -18,7 +18,7 @@ from mmengine.registry import HOOKS, VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization.vis_backend import BaseVisBackend
 
-from .saving import reason_of
+from .checkpoint import reason_of
 
 __all__ = ['SafeLogHook', 'TensorBoardHook']
 

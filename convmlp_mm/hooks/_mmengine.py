@@ -6,12 +6,10 @@ Each function says what mmengine offers no public way for. When the engine moves
 
 from __future__ import annotations
 
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, Runner
 
 __all__ = [
     'accumulative_counts',
-    'decide_val_interval',
-    'endless_iterator',
     'is_loaded',
     'is_resumed',
     'is_training',
@@ -60,23 +58,3 @@ def train_loader_settings(runner: Runner) -> object:
 def accumulative_counts(runner: Runner) -> int:
     """Return how many batches make a step; 1 for wrappers of several optimizers."""
     return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-
-
-def decide_val_interval(loop: BaseLoop) -> None:
-    """Let a loop look up the interval of validation that holds now.
-
-    It does so by itself only before an epoch or iteration.
-    """
-    loop._decide_current_val_interval()
-
-
-def endless_iterator(loop: IterBasedTrainLoop, passes: int) -> object:
-    """Make a new iterator of an iteration-based loop over its loader.
-
-    Args:
-        loop (IterBasedTrainLoop): The loop.
-        passes (int): How often the loader has ended before, which seeds its sampler.
-    """
-    iterator = type(loop.dataloader_iterator)(loop.dataloader)
-    iterator._epoch = passes
-    return iterator

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -17,16 +19,16 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from ._mmengine import (
-    decide_val_interval,
-    endless_iterator,
-    is_resumed,
-    is_training,
-    train_loader_settings,
-)
+from ._mmengine import is_resumed, is_training, train_loader_settings
 from .agreement import steps_of
 
 __all__ = ['ExactResumeHook', 'check_state', 'get_random_state', 'set_random_state']
+
+# The key of a checkpoint.
+KEY = 'exact_resume'
+
+
+# Random numbers
 
 
 def _accelerator():
@@ -44,15 +46,10 @@ def get_random_state() -> dict:
     """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
+    keys = torch.from_numpy(keys.astype(np.int64))
     state = dict(
         python=(version, torch.tensor(words), gauss),
-        numpy=(
-            kind,
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
+        numpy=(kind, keys, int(position), int(has_gauss), float(cached)),
         torch=torch.get_rng_state(),
     )
     accelerator = _accelerator()
@@ -69,62 +66,37 @@ def set_random_state(state: dict) -> None:
     """
     version, words, gauss = state['python']
     random.setstate((version, tuple(words.tolist()), gauss))
-    kind, keys, position, has_gauss, cached = state['numpy']
-    keys = keys.cpu().numpy().astype(np.uint32)
-    np.random.set_state((kind, keys, position, has_gauss, cached))
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'].cpu())
     accelerator = _accelerator()
     if accelerator is not None and 'device' in state:
         accelerator.set_rng_state(state['device'].cpu())
 
 
-def build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
+# The position in the data
+
+
+def _build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
     """Give the samplers the seed of the first start, and none of its batches.
 
-    Args:
-        runner (Runner): The runner.
-        loop (BaseLoop): Its training; it gets another ``dataloader`` with the same
-            data set, unless the caller has built the loader.
-        seed (int): The seed.
+    A loader that the caller has built stays: the caller knows the seed.
     """
     settings = train_loader_settings(runner)
-    if not isinstance(settings, dict):
-        # Built by the caller, who knows the seed.
-        return
-    settings = dict(settings)
-    settings['dataset'] = loop.dataloader.dataset
-    diff_rank_seed = runner.cfg.get('randomness', {}).get('diff_rank_seed', False)
-    loop.dataloader = runner.build_dataloader(
-        settings, seed=seed, diff_rank_seed=diff_rank_seed
-    )
+    if isinstance(settings, dict):
+        randomness = runner.cfg.get('randomness', {})
+        loop.dataloader = runner.build_dataloader(
+            {**settings, 'dataset': loop.dataloader.dataset},
+            seed=seed,
+            diff_rank_seed=randomness.get('diff_rank_seed', False),
+        )
 
 
-def shift_batch_index(loop: EpochBasedTrainLoop, batches: int) -> None:
-    """Let the hooks of this epoch see the index of the batch in the whole epoch.
-
-    Args:
-        loop (EpochBasedTrainLoop): It is changed until the epoch ends.
-        batches (int): How many batches the epoch has had.
-    """
-    run_iter, run_epoch = loop.run_iter, loop.run_epoch
-
-    def run_shifted(idx: int, data_batch: object) -> None:
-        run_iter(idx + batches, data_batch)
-
-    def run_first_epoch() -> None:
-        try:
-            run_epoch()
-        finally:
-            del loop.run_iter, loop.run_epoch
-
-    loop.run_iter, loop.run_epoch = run_shifted, run_first_epoch
-
-
-class Remainder:
+class ResumedBatchSampler:
     """A batch sampler whose first round is what is left of one.
 
     Args:
-        loader (DataLoader): One that has not been used. It gets the new sampler.
+        loader (DataLoader): One that has not been used. It gets this sampler.
         rest (Callable): Returns the batches that are left.
         begin (Callable): Called before the first batch, once the loader has drawn
             the random number that it begins with.
@@ -141,52 +113,12 @@ class Remainder:
         # torch forbids the assignment, lest a sampler change under a loader in use.
         vars(loader)['batch_sampler'] = self
 
-    @classmethod
-    def of_epoch(
-        cls, loader: DataLoader, count: int, begin: Callable[[], None]
-    ) -> None:
-        """Skip batches of the first epoch, of which the sampler hears later.
-
-        Args:
-            loader (DataLoader): It is changed.
-            count (int): How many to skip.
-            begin (Callable): See above.
-        """
-        whole = loader.batch_sampler
-        cls(loader, lambda: islice(iter(whole), count, None), begin)
-
-    @classmethod
-    def of_passes(
-        cls, loader: DataLoader, count: int, begin: Callable[[], None]
-    ) -> int:
-        """Skip batches of a loader that is begun again whenever it ends.
-
-        Args:
-            loader (DataLoader): It is changed.
-            count (int): How many to skip.
-            begin (Callable): See above.
-
-        Returns:
-            int: How often it has ended.
-        """
-        whole, passes = loader.batch_sampler, 0
-        batches = iter(whole)
-        for _ in range(count):
-            if next(batches, None) is None:
-                passes += 1
-                _set_epoch(loader, passes)
-                batches = iter(whole)
-                next(batches)
-        cls(loader, lambda: batches, begin)
-        return passes
-
     def __iter__(self) -> Iterator:
-        if self.first is None:
-            yield from self.batch_sampler
-            return
-        (rest, begin), self.first = self.first, None
-        batches = rest()
-        begin()
+        batches = self.batch_sampler
+        if self.first is not None:
+            (rest, begin), self.first = self.first, None
+            batches = rest()
+            begin()
         yield from batches
 
     def __len__(self) -> int:
@@ -198,32 +130,77 @@ class Remainder:
         return getattr(self.batch_sampler, name)
 
 
-def _set_epoch(loader: DataLoader, epoch: int) -> None:
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-        if hasattr(sampler, 'set_epoch'):
-            sampler.set_epoch(epoch)
-            return
+def _skip_in_epoch(
+    loop: EpochBasedTrainLoop, count: int, begin: Callable[[], None]
+) -> None:
+    """Let the first epoch of a loop begin behind some of its batches.
+
+    Its hooks see the index of a batch in the whole epoch.
+    """
+    whole = loop.dataloader.batch_sampler
+    run_iter, run_epoch = loop.run_iter, loop.run_epoch
+    # The sampler hears of the epoch only when it begins.
+    ResumedBatchSampler(loop.dataloader, lambda: islice(whole, count, None), begin)
+
+    def run_shifted(idx: int, data_batch: object) -> None:
+        run_iter(idx + count, data_batch)
+
+    def run_first_epoch() -> None:
+        try:
+            run_epoch()
+        finally:
+            del loop.run_iter, loop.run_epoch
+
+    loop.run_iter, loop.run_epoch = run_shifted, run_first_epoch
 
 
-class AdvancedIterator:
+class ResumedIterator:
     """The endless iterator of an iteration-based loop, already where it belongs.
 
-    The loop advances it by as many batches as have been trained; of those, none is
-    loaded.
+    The loop advances it by as many batches as have been trained, or has it do so by
+    ``skip_iter`` in newer versions; none of them is loaded.
+
+    Args:
+        loop (IterBasedTrainLoop): It has a loader that has not been used.
+        count (int): How many batches have been trained.
+        begin (Callable): See :class:`ResumedBatchSampler`.
     """
 
-    def __init__(self, loop: IterBasedTrainLoop, passes: int) -> None:
-        # What the loop has made for itself, for another loader.
-        self.batches = endless_iterator(loop, passes)
-        # A loop that skips by the sampler asks for none.
+    def __init__(
+        self, loop: IterBasedTrainLoop, count: int, begin: Callable[[], None]
+    ) -> None:
+        # A loop that leaves its position alone asks for none.
         by_sampler = getattr(loop, 'fast_forward_on_resume', False)
         self.to_skip = 0 if by_sampler else loop.iter
+        self.loader, self.passes = loop.dataloader, 0
+        whole = self.loader.batch_sampler
+        batches = iter(whole)
+        for _ in range(count):
+            if next(batches, None) is None:
+                self._begin_pass()
+                batches = iter(whole)
+                next(batches)
+        ResumedBatchSampler(self.loader, lambda: batches, begin)
+        self.batches = self._generate()
+
+    def _begin_pass(self) -> None:
+        self.passes += 1
+        batch_sampler = self.loader.batch_sampler
+        for sampler in (self.loader.sampler, getattr(batch_sampler, 'sampler', None)):
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(self.passes)
+                return
+
+    def _generate(self) -> Iterator:
+        while True:
+            yield from self.loader
+            self._begin_pass()
 
     def skip_iter(self, num_iters: int) -> None:
-        """Do what the loop of newer versions asks for: nothing is left to skip."""
+        """Skip nothing more."""
         self.to_skip = 0
 
-    def __iter__(self) -> AdvancedIterator:
+    def __iter__(self) -> ResumedIterator:
         return self
 
     def __next__(self) -> object:
@@ -232,27 +209,8 @@ class AdvancedIterator:
             return None
         return next(self.batches)
 
-    def __getattr__(self, name: str) -> object:
-        if name == 'batches':
-            raise AttributeError(name)
-        return getattr(self.batches, name)
 
-
-def is_first(runner: Runner, hook: Hook) -> bool:
-    """Tell whether a hook is the first of its class, if it is listed twice.
-
-    Args:
-        runner (Runner): The runner.
-        hook (Hook): One of its hooks.
-
-    Returns:
-        bool: Whether it is.
-    """
-    return hook is next(other for other in runner.hooks if type(other) is type(hook))
-
-
-# Of the checkpoint.
-KEY = 'exact_resume'
+# The hook
 
 
 @HOOKS.register_module()
@@ -293,20 +251,11 @@ class ExactResumeHook(Hook):
     # Saving
 
     def before_gather_state(self, runner: Runner) -> None:
-        """Collect the state of all processes; each of them calls this.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Collect the state of all processes; each of them calls this."""
         self._gathered = gather_object(self._process_state(runner)) or []
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Add the state; not to the best checkpoints, which have no optimizer.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): It gets the key ``'exact_resume'``.
-        """
+        """Add the state; not to the best checkpoints, which have no optimizer."""
         gathered, self._gathered = self._gathered, None
         if 'optimizer' not in checkpoint:
             return
@@ -342,25 +291,21 @@ class ExactResumeHook(Hook):
     # Resuming
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Take the state out of a checkpoint that is resumed.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What the file holds.
-        """
+        """Take the state out of a checkpoint that is resumed."""
         state = checkpoint.pop(KEY, None)
         if is_resumed(runner):
             self._state = state or {}
 
     def before_train(self, runner: Runner) -> None:
-        """Restore the state.
+        """Restore the state, once the runner has loaded the checkpoint.
 
-        Args:
-            runner (Runner): The runner, which has loaded the checkpoint.
+        Raises:
+            ValueError: If the tensors in it are not of this model.
         """
         self._epoch_start = runner.iter
         state, self._state = self._state, None
-        if state is None or not is_first(runner, self):
+        first = next(hook for hook in runner.hooks if isinstance(hook, type(self)))
+        if state is None or first is not self:
             return
         loop = runner.train_loop
         processes = state.get('processes', [])
@@ -377,66 +322,50 @@ class ExactResumeHook(Hook):
     def _restore(
         self, runner: Runner, loop: BaseLoop, state: dict, process: dict
     ) -> None:
+        restore_rng = partial(set_random_state, process['random'])
         _restore_tensors(runner.model, process)
-
-        def restore_numbers() -> None:
-            set_random_state(process['random'])
-
-        build_loader_again(runner, loop, state['seed'])
-        by_epoch = isinstance(loop, EpochBasedTrainLoop)
-        if by_epoch:
-            self._skipped = state['batches']
-            self._epoch_start = runner.iter - self._skipped
-            if self._skipped:
-                Remainder.of_epoch(loop.dataloader, self._skipped, restore_numbers)
-                shift_batch_index(loop, self._skipped)
-        else:
-            passes = Remainder.of_passes(
-                loop.dataloader, state['batches'], restore_numbers
-            )
-            loop.dataloader_iterator = AdvancedIterator(loop, passes)
-        # Validation may draw some, and save them.
-        restore_numbers()
+        self._restore_position(runner, loop, state, restore_rng)
+        restore_rng()
         if not state['validated']:
-            _validate_if_due(runner, loop, by_epoch)
+            # It puts the random numbers back when it ends.
+            _validate_if_due(runner, loop)
+
+    def _restore_position(
+        self,
+        runner: Runner,
+        loop: BaseLoop,
+        state: dict,
+        restore_rng: Callable[[], None],
+    ) -> None:
+        _build_loader_again(runner, loop, state['seed'])
+        count = state['batches']
+        if isinstance(loop, IterBasedTrainLoop):
+            loop.dataloader_iterator = ResumedIterator(loop, count, restore_rng)
+            return
+        self._skipped, self._epoch_start = count, runner.iter - count
         # The numbers of an epoch that begins are those before its loader does.
-        restore_numbers()
+        if count:
+            _skip_in_epoch(loop, count, restore_rng)
 
     # Positions
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Note where the epoch has begun.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Note where the epoch has begun."""
         self._epoch_start = runner.iter - self._skipped
         self._skipped = 0
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Note where the next epoch begins, for a checkpoint after validation.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Note where the next epoch begins, for a checkpoint after validation."""
         self._epoch_start = runner.iter
 
     def before_val(self, runner: Runner) -> None:
-        """Put the random numbers of the training aside.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Put the random numbers of the training aside."""
         self._before_val = get_random_state()
         if is_training(runner):
             self._validated_at = runner.iter
 
     def after_val(self, runner: Runner) -> None:
-        """Go on with the random numbers of the training.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Go on with the random numbers of the training."""
         set_random_state(self._before_val)
         self._before_val = None
 
@@ -498,19 +427,22 @@ def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
             buffer.copy_(saved)
 
 
-def _validate_if_due(runner: Runner, loop: BaseLoop, by_epoch: bool) -> None:
+def _validate_if_due(runner: Runner, loop: BaseLoop) -> None:
     """Run the validation that the run was stopped in or before."""
-    decide_val_interval(loop)
     done, end = runner.iter, runner.max_iters
-    if by_epoch:
+    if isinstance(loop, EpochBasedTrainLoop):
         if runner.iter != runner.epoch * len(loop.dataloader):
             return
         done, end = runner.epoch, runner.max_epochs
-    due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == end)
+    # The loop looks up its interval only when it has trained.
+    stage = bisect.bisect(loop.dynamic_milestones, done + 1) - 1
+    interval = loop.dynamic_intervals[stage]
+    due = done >= loop.val_begin and (done % interval == 0 or done == end)
     if runner.val_loop is None or not done or not due:
         return
     runner.logger.info('The validation that was due at the checkpoint comes first.')
-    for hook in (h for h in runner.hooks if isinstance(h, CheckpointHook)):
-        # So that what it finds to be the best enters the latest checkpoint.
-        hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            # What it finds to be the best enters the latest checkpoint.
+            hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
     runner.val_loop.run()

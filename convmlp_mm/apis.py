@@ -13,11 +13,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
-from .checkpoint_io import read_checkpoint
-from .config_checks import give_visualizer
-from .config_files import TOOLKITS, find_config
-from .weights import fit_checkpoint
-from .zoo import published_weights
+from .checkpoint import fit_checkpoint, read_checkpoint
+from .zoo import TOOLKITS, find_config, give_visualizer, published_weights
 
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
@@ -196,8 +193,8 @@ def load_weights(
         model (BaseModel): See :func:`build_model`. If its configuration does
             not name the classes, ``dataset_meta`` gets the names in the file.
         weights (str): Path or URL, see
-            :func:`convmlp_mm.checkpoint_io.read_checkpoint`.
-        partial (bool): See :func:`convmlp_mm.weights.fit_checkpoint`. Defaults
+            :func:`convmlp_mm.checkpoint.read_checkpoint`.
+        partial (bool): See :func:`convmlp_mm.checkpoint.fit_checkpoint`. Defaults
             to False.
         skip_heads (bool): Likewise. Defaults to True.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from mmengine.fileio import LocalBackend, register_backend
 
-from .files import write_file
+from .checkpoint import write_file
 
 __all__ = ['AtomicLocalBackend', 'atomic_local_files']
 

@@ -7,22 +7,40 @@ else; ``model-index.yml`` lists these files. Both travel with the package in
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
+import math
+import os.path as osp
+from collections.abc import Callable, Iterable
+from importlib import import_module, util
 from pathlib import Path
 
+import mmengine.registry
+from mmengine.config import Config
 from mmengine.fileio import load
+from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
+from mmengine.utils import get_object_from_string
 
-from .checkpoint_io import ROOT, read_checkpoint
-from .layouts import name_as_model
+from .checkpoint import ROOT, name_as_model, read_checkpoint
 
 __all__ = [
+    'TOOLKITS',
+    'WORKER_KEYS',
     'carried_folder',
     'config_path',
+    'find_config',
+    'give_visualizer',
     'list_models',
+    'map_config',
+    'map_leaves',
+    'mim_folder',
+    'name_types',
     'published_weights',
+    'read_config',
     'register_classifiers',
+    'without_tilde',
 ]
 
 SCOPE = __package__
@@ -149,3 +167,256 @@ def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
     checkpoint = read_checkpoint(filename, map_location or 'cpu')
     meta = checkpoint.get('meta', {})
     return dict(state_dict=name_as_model(checkpoint), meta=meta)
+
+
+# Of data loaders: torch refuses them where there are no workers.
+WORKER_KEYS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
+TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+def read_config(path: str) -> Config:
+    """Read a configuration, and name it where Python's own message does not.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        Config: What it says, with what it inherits; with home folders in place of
+        ``~`` and names in place of classes, see :func:`name_types`.
+
+    Raises:
+        OSError: If it, or one that it inherits, cannot be read.
+        ValueError: If it is not Python.
+    """
+    try:
+        cfg = Config.fromfile(osp.expanduser(path))
+    except (SyntaxError, NameError, AttributeError, RuntimeError) as error:
+        kind = type(error).__name__
+        raise ValueError(f'configuration {path!r}: {kind}: {error}') from error
+    map_config(cfg, cfg, without_tilde)
+    name_types(cfg)
+    return cfg
+
+
+def map_leaves(function: Callable, value: object, key: object = None) -> object:
+    """Copy nested dicts and lists with ``function(key, leaf)`` at each leaf.
+
+    Args:
+        function (Callable): It returns the new leaf. The items of a list have the key
+            of the list.
+        value (object): The dict, list or leaf.
+        key (object): Its key. Defaults to None.
+
+    Returns:
+        object: The copy.
+    """
+    if isinstance(value, dict):
+        return {k: map_leaves(function, v, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_leaves(function, v, key) for v in value)
+    return function(key, value)
+
+
+def map_config(cfg: Config, keys: Iterable[str], function: Callable) -> None:
+    """Change some top-level values of a configuration, leaf by leaf.
+
+    Args:
+        cfg (Config): It is changed.
+        keys (Iterable[str]): Of the values; those that it does not have are left out.
+        function (Callable): See :func:`map_leaves`.
+    """
+    for key in list(keys):
+        if cfg.get(key) is not None:
+            # As an attribute, a key called like a method of dicts could not be set.
+            cfg[key] = map_leaves(function, cfg.get(key), key)
+
+
+def without_tilde(key: object, value: object) -> object:
+    """Put the home folder for a leading ``~``, for :func:`map_leaves`.
+
+    Of the toolkits, some places expand it and others make a folder of this name.
+    """
+    is_path = isinstance(value, str) and value.startswith('~')
+    return osp.expanduser(value) if is_path else value
+
+
+def give_visualizer(cfg: Config) -> None:
+    """Name the visualizer of the toolkit where a configuration names none.
+
+    mmengine's own, which a Runner takes then, draws nothing.
+
+    Args:
+        cfg (Config): It is changed.
+    """
+    kinds = dict(
+        mmdet='DetLocalVisualizer',
+        mmseg='SegLocalVisualizer',
+        mmpretrain='UniversalVisualizer',
+    )
+    kind = kinds.get(cfg.get('default_scope'))
+    if kind and not cfg.get('visualizer'):
+        # The Runner and the inferencers give it a name of its own.
+        cfg.visualizer = dict(type=kind, vis_backends=[dict(type='LocalVisBackend')])
+
+
+def name_types(cfg: Config) -> None:
+    """Put names for the classes and functions that are a ``type``.
+
+    Configurations that import them have them as objects, and what a Runner writes of
+    such a configuration as ``package.module.Class``. The toolkits compare some with
+    names, and so does this package.
+
+    Args:
+        cfg (Config): It is changed. What no registry of its ``default_scope`` knows
+            stays.
+    """
+    names = {}
+
+    def name(key, value):
+        if key != 'type' or not (callable(value) or '.' in str(value)):
+            return value
+        if not names:
+            names.update(_registered_names(cfg.get('default_scope')))
+        kind = get_object_from_string(value) if isinstance(value, str) else value
+        return names.get(kind, value) if callable(kind) else value
+
+    map_config(cfg, cfg, name)
+
+
+def _registered_names(scope: str | None) -> dict[object, str]:
+    """Return the names that a toolkit finds classes and functions by."""
+    if scope in TOOLKITS:
+        import_module(f'{scope}.utils').register_all_modules(False)
+    names = {}
+    for registry in vars(mmengine.registry).values():
+        if isinstance(registry, Registry):
+            # A toolkit's own class stands before another of the same name.
+            of_scope = getattr(registry.children.get(scope), 'module_dict', {})
+            for name, kind in {**registry.module_dict, **of_scope}.items():
+                names.setdefault(kind, name)
+    return names
+
+
+def find_config(name: str | Config) -> Config:
+    """Read a configuration that is named in any of the usual ways.
+
+    Args:
+        name (str | Config): The path of a file; a name that :func:`config_path` knows,
+            with ``convmlp_mm::`` before it or not; a file that a toolkit
+            carries, such as ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``;
+            or a classifier of timm, such as ``'timm::resmlp_24_224'``. Of a
+            configuration that has been read already, a copy is returned.
+
+    Returns:
+        Config: The configuration, see :func:`read_config`.
+
+    Raises:
+        ValueError: If there is none of this name, or if it has no model.
+        ImportError: If the toolkit or timm is not installed.
+    """
+    if isinstance(name, Config):
+        cfg = copy.deepcopy(name)
+        name_types(cfg)
+        return cfg
+    cfg = _read_config(name)
+    if cfg.get('model') is None:
+        raise ValueError(f'the configuration {name!r} has no model')
+    return cfg
+
+
+def _read_config(name: str) -> Config:
+    scope, colons, rest = name.rpartition('::')
+    if colons and scope == 'timm':
+        return _timm_config(rest)
+    if colons and scope in TOOLKITS:
+        cfg = read_config(_toolkit_config(scope, rest))
+        # Files of a backbone alone do not inherit it.
+        cfg.setdefault('default_scope', scope)
+        return cfg
+    if colons and scope != SCOPE:
+        known = ', '.join(f'{s}::' for s in (SCOPE, *TOOLKITS, 'timm'))
+        raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
+    # A folder may be called like a model.
+    if not colons and osp.isfile(osp.expanduser(name)):
+        return read_config(name)
+    return read_config(config_path(rest))
+
+
+def mim_folder(scope: str) -> Path:
+    """Find the configurations and metafiles that a toolkit carries.
+
+    mmengine's own way asks for the distribution of the original stack.
+
+    Args:
+        scope (str): The toolkit.
+
+    Returns:
+        Path: The folder ``.mim`` in the package.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    spec = util.find_spec(scope)
+    if spec is None:
+        raise ImportError(f'{scope} is not installed')
+    return Path(spec.origin).parent / '.mim'
+
+
+def _toolkit_config(scope: str, name: str) -> str:
+    """Find a configuration of a toolkit."""
+    configs = mim_folder(scope) / 'configs'
+    path = configs / f'{name.removesuffix(".py")}.py'
+    if not path.is_file():
+        folder = configs / Path(name).parent
+        there = sorted(p.name for p in folder.glob('*.py'))
+        raise ValueError(
+            f'{scope} has no configuration {name!r}; '
+            + (
+                f'{folder} has {", ".join(there)}'
+                if there
+                else f'the folders in {configs} are '
+                + ', '.join(sorted(p.name for p in configs.iterdir()))
+            )
+        )
+    return str(path)
+
+
+def _timm_config(name: str) -> Config:
+    """Describe a classifier of timm for mmpretrain, with timm's preprocessing."""
+    import timm
+
+    if not timm.is_model(name):
+        similar = timm.list_models(f'{name.partition("_")[0]}*')
+        raise ValueError(
+            f'timm has no model {name!r}'
+            + (f'; it has {", ".join(similar)}' if similar else '')
+        )
+    given = timm.get_pretrained_cfg(name)
+    size = given.input_size[-1]
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(
+            type='ResizeEdge',
+            scale=math.floor(size / (given.crop_pct or 1)),
+            edge='short',
+            backend='pillow',
+            interpolation=given.interpolation or 'bicubic',
+        ),
+        dict(type='CenterCrop', crop_size=size),
+        dict(type='PackInputs'),
+    ]
+    classes = given.num_classes or 1000
+    dataset = dict(type='ImageNet' if classes == 1000 else 'CustomDataset')
+    return Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(type='TimmClassifier', model_name=name),
+            data_preprocessor=dict(
+                num_classes=classes,
+                mean=[255 * value for value in given.mean],
+                std=[255 * value for value in given.std],
+                to_rgb=True,
+            ),
+            test_dataloader=dict(dataset=dict(pipeline=pipeline, **dataset)),
+        )
+    )

@@ -19,7 +19,7 @@ from convmlp_mm.analysis.complexity import default_shape, measure_complexity
 from convmlp_mm.analysis.dry_run import Counted
 from convmlp_mm.analysis.output import format_table
 from convmlp_mm.analysis.tradeoff import draw_tradeoff
-from convmlp_mm.config_files import find_config, mim_folder
+from convmlp_mm.zoo import find_config, mim_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

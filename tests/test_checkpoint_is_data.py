@@ -21,10 +21,9 @@ from mmengine.runner import Runner
 from test_weights import TINY, build, detector
 from toy import LENGTH, write_config
 
-from convmlp_mm import ConvMLP, checkpoint_io
-from convmlp_mm.checkpoint_io import read_checkpoint
+from convmlp_mm import ConvMLP, checkpoint
+from convmlp_mm.checkpoint import fit_checkpoint, read_checkpoint
 from convmlp_mm.hooks import find_latest_checkpoint, latest
-from convmlp_mm.weights import fit_checkpoint
 
 # Files
 
@@ -233,7 +232,7 @@ def test_address_of_a_folder_is_named(server):
 
 
 def test_silent_server_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(checkpoint_io, 'TIMEOUT', 0.2)
+    monkeypatch.setattr(checkpoint, 'TIMEOUT', 0.2)
     with pytest.raises(OSError, match='cannot fetch .*silent.pth: timed out'):
         read_checkpoint(f'{server}/silent.pth')
 

@@ -13,7 +13,6 @@ import torch
 from mmengine.config import Config
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.config_files import find_config
 from convmlp_mm.export import (
     ExportError,
     check,
@@ -24,6 +23,7 @@ from convmlp_mm.export import (
     graphs,
 )
 from convmlp_mm.export.detections import _count_wrong, _distance
+from convmlp_mm.zoo import find_config
 
 ARCH = dict(
     tokenizer_channels=8,

@@ -13,21 +13,20 @@ import argparse
 import os.path as osp
 from collections.abc import Mapping
 
-from convmlp_mm.checkpoint_io import (
+from convmlp_mm.checkpoint import (
     CheckpointError,
     check_content,
+    check_output,
+    check_tensors,
     dump_checkpoint,
-    read_checkpoint,
-)
-from convmlp_mm.files import check_output, write_file
-from convmlp_mm.launch import one_line_errors
-from convmlp_mm.layouts import (
     name_as_model,
+    read_checkpoint,
     say_taken,
     to_mm_layout,
     to_published_layout,
+    write_file,
 )
-from convmlp_mm.weights import check_tensors
+from convmlp_mm.launch import one_line_errors
 
 LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
 

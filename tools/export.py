@@ -16,7 +16,6 @@ from convmlp_mm.analysis.common import find_weights, load_models
 from convmlp_mm.analysis.complexity import default_shape
 from convmlp_mm.analysis.images import read_image
 from convmlp_mm.analysis.output import format_table
-from convmlp_mm.config_files import find_config
 from convmlp_mm.export import (
     FORMATS,
     OPSETS,
@@ -28,6 +27,7 @@ from convmlp_mm.export import (
 )
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images
+from convmlp_mm.zoo import find_config
 
 
 def parse_args() -> argparse.Namespace:

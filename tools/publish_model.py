@@ -11,10 +11,14 @@ import os.path as osp
 
 import torch
 
-from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import (
+    check_output,
+    check_tensors,
+    dump_checkpoint,
+    read_checkpoint,
+    write_file,
+)
 from convmlp_mm.launch import one_line_errors
-from convmlp_mm.weights import check_tensors
 
 
 def parse_args() -> argparse.Namespace:

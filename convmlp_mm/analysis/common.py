@@ -12,10 +12,8 @@ import torch
 from mmengine import fileio
 
 from ..apis import get_model, load_weights
-from ..checkpoint_io import hash_file, locate_checkpoint
-from ..config_files import TOOLKITS, find_config, mim_folder
-from ..files import check_output
-from ..zoo import SCOPE, published_weights
+from ..checkpoint import check_output, hash_file, locate_checkpoint
+from ..zoo import SCOPE, TOOLKITS, find_config, mim_folder, published_weights
 from .images import MIN_SIZE, arrays_path
 
 if TYPE_CHECKING:
@@ -142,7 +140,7 @@ def find_weights(name: str, wanted: str) -> str | None:
     """Find the weights that a command line names.
 
     Args:
-        name (str): See :func:`~convmlp_mm.config_files.find_config`.
+        name (str): See :func:`~convmlp_mm.zoo.find_config`.
         wanted (str): ``'none'``, ``'published'``, a path or a URL.
 
     Returns:
@@ -192,7 +190,7 @@ def load_models(
     """Build models, load their weights and state which they are.
 
     Args:
-        models (Sequence[str]): See :func:`~convmlp_mm.config_files.find_config`.
+        models (Sequence[str]): See :func:`~convmlp_mm.zoo.find_config`.
         weights (Sequence[str | None]): Path or URL for each, None for random
             weights: those that the layers are built with.
         names (Sequence[str], optional): What to call them. Defaults to the

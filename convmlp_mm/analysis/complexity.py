@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mmengine.config import Config
 from torch.utils._pytree import tree_flatten
 
-from ..config_files import find_config
+from ..zoo import find_config
 from .dry_run import Costs, build_for_dry_run, dry_run
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def measure_complexity(
 
     Args:
         cfg (Config): Of mmpretrain (also with a classifier of timm), mmdet or
-            mmseg; see :func:`convmlp_mm.config_files.find_config`. It is not changed.
+            mmseg; see :func:`convmlp_mm.zoo.find_config`. It is not changed.
         shape (tuple[int, int], optional): Height and width in pixels. Defaults
             to :func:`default_shape`.
         name (str, optional): What to call the model. Defaults to the file's name.

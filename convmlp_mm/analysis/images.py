@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..files import write_file
+from ..checkpoint import write_file
 from ..predict import read_whole_image
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 
 from ..analysis.complexity import default_shape
 from ..analysis.output import FORMATS
-from ..files import check_output
+from ..checkpoint import check_output
 from ..launch import add_cfg_options
 from ..zoo import published_weights
 from .spec import ARCH, DTYPES, OPTIONS, ModelSpec, parse_spec

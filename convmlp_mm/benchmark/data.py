@@ -17,7 +17,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
-from ..config_checks import WORKER_KEYS
+from ..zoo import WORKER_KEYS
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset

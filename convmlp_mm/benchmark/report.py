@@ -13,8 +13,7 @@ from mmengine.fileio import load
 from ..analysis.complexity import measure_complexity
 from ..analysis.output import format_table
 from ..analysis.tradeoff import OTHERS, OURS, STYLES, place_labels
-from ..config_files import TOOLKITS, mim_folder
-from ..zoo import carried_folder
+from ..zoo import TOOLKITS, carried_folder, mim_folder
 from .rounds import Measurement
 from .steps import MATMUL, MATMUL_SIZE, Job, spec_config
 
@@ -31,7 +30,7 @@ def find_top1(name: str) -> tuple[float, str] | None:
     """Look up the published accuracy of a classifier.
 
     Args:
-        name (str): See :func:`convmlp_mm.config_files.find_config`.
+        name (str): See :func:`convmlp_mm.zoo.find_config`.
 
     Returns:
         tuple[float, str], optional: Top-1 accuracy on ImageNet-1k in percent, and

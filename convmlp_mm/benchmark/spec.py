@@ -31,7 +31,7 @@ class ModelSpec:
 
     Attributes:
         text (str): As on the command line, for tables and messages.
-        name (str): Of a configuration (:func:`convmlp_mm.config_files.find_config`), or
+        name (str): Of a configuration (:func:`convmlp_mm.zoo.find_config`), or
             ``arch:s``, ``arch:m`` or ``arch:l`` for the backbone alone.
         dtype (str): ``'float32'``, ``'bfloat16'`` or ``'float16'``.
         layout (str | None): ``'nchw'``, ``'channels-last'`` or as it is trained.

@@ -16,10 +16,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
 from ..apis import build_model, load_weights, switch_to_deploy
-from ..config_files import find_config
 from ..hooks.model import operator_of_mmcv, use_channels_last
 from ..launch import plain_optim_wrapper
-from ..zoo import published_weights
+from ..zoo import find_config, published_weights
 from .equality import replace_backbone
 from .inputs import draw_batch
 from .spec import ARCH, ModelSpec

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..files import check_output
+from ..checkpoint import check_output
 from .graphs import (
     BackboneGraph,
     ClassifierGraph,
@@ -67,7 +67,7 @@ def check_request(
         ValueError: If an argument is none of those allowed, or the model cannot be
             exported.
         ImportError: If a package is missing, or torch is too old.
-        OSError: See :func:`convmlp_mm.files.check_output`.
+        OSError: See :func:`convmlp_mm.checkpoint.check_output`.
     """
     for name, value, allowed in (
         ('part', part, PARTS),

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..analysis.images import MIN_SIZE, fit_image
 from ..apis import switch_to_deploy
-from ..files import write_file
+from ..checkpoint import write_file
 from .check import OPSETS, ExportError, channel_order, check_request, make_graph
 from .compare import TOLERANCE, compare, to_input, toolkit_results
 from .detections import compare_detections

@@ -10,7 +10,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..files import remove_leftovers, write_file
+from ..checkpoint import remove_leftovers, write_file
 from ..storage import atomic_local_files
 from ._mmengine import is_loaded, is_resumed, is_training, load_from, set_start
 from .latest import NOTE, find_latest_checkpoint, named_checkpoint

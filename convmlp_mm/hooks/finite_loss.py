@@ -15,8 +15,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..layouts import some_of
-from ..weights import find_not_finite
+from ..checkpoint import find_not_finite, some_of
 from .latest import named_checkpoint
 
 __all__ = ['FiniteLossHook']

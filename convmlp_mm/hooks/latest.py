@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 
-from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
-from ..weights import find_not_finite
+from ..checkpoint import HASH_IN_NAME, find_not_finite, read_checkpoint
 from .exact_resume import KEY, check_state
 from .work_dir import KEY as LAUNCH
 
@@ -90,7 +89,7 @@ def check_resumable(checkpoint: dict) -> None:
 
     Args:
         checkpoint (dict): What the file holds, after
-            :func:`~convmlp_mm.checkpoint_io.check_content`. Its logs are made again
+            :func:`~convmlp_mm.checkpoint.check_content`. Its logs are made again
             from their numbers.
 
     Raises:

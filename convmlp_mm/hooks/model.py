@@ -12,10 +12,14 @@ from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint_io import CheckpointError, check_content
+from ..checkpoint import (
+    CheckpointError,
+    check_content,
+    check_tensors,
+    fit_checkpoint,
+    without_module,
+)
 from ..convmlp import ConvMLP
-from ..layouts import without_module
-from ..weights import check_tensors, fit_checkpoint
 from ._mmengine import is_resumed, is_training, load_from
 from .latest import check_resumable, named_checkpoint
 from .saving import keep_own_files
@@ -63,7 +67,7 @@ class CheckWeightsHook(Hook):
             checkpoint (dict): What the file holds.
 
         Raises:
-            ValueError: See :func:`convmlp_mm.weights.fit_checkpoint`, and if a run
+            ValueError: See :func:`convmlp_mm.checkpoint.fit_checkpoint`, and if a run
                 cannot be resumed from it.
         """
         # mmengine, too, takes what is noted in the work dir if nothing is named.

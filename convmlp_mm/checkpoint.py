@@ -1,13 +1,10 @@
 """Read checkpoints safely, name what is inside, match it with a model, convert it.
 
-The toolkits fall back to unpickling anything. Here a file is plain tensors and the
-Runner's own records, or it is refused; a download is checked before it enters the
-cache. mmengine loads weights as far as names and shapes match and warns about the
-rest. Here a file has every tensor of the backbone, with numbers of the right kind, or
-nothing is loaded and the error says what is wrong.
-
-This module knows names, shapes and values only: no model zoo, no configuration and
-nothing of the backbone's code.
+The toolkits unpickle anything, load weights as far as names and shapes match, and warn
+about the rest. Here a file is plain tensors and the Runner's own records, or it is
+refused; and it has every tensor of the backbone, with numbers of the right kind, or
+nothing is loaded and the error says what is wrong. Names, shapes and values are all
+that this module knows: no model zoo, no configuration, none of the backbone's code.
 """
 
 from __future__ import annotations
@@ -20,8 +17,6 @@ import os
 import os.path as osp
 import pickle
 import re
-import shutil
-import tempfile
 import types
 import urllib.request
 import uuid
@@ -30,6 +25,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPException
 from typing import BinaryIO
 from urllib.parse import urlparse
 
@@ -41,33 +37,6 @@ from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 
-__all__ = [
-    'CheckpointError',
-    'Match',
-    'check_content',
-    'check_output',
-    'check_tensors',
-    'describe_arch',
-    'dump_checkpoint',
-    'explain',
-    'find_not_finite',
-    'fit_checkpoint',
-    'hash_file',
-    'load_backbone_weights',
-    'locate_checkpoint',
-    'match',
-    'name_as_model',
-    'read_checkpoint',
-    'remove_leftovers',
-    'say_taken',
-    'some_of',
-    'tensors_of',
-    'to_mm_layout',
-    'to_published_layout',
-    'without_module',
-    'write_file',
-]
-
 # The authors' server, and the variable that names a folder with their files.
 ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
 MIRROR = 'CONVMLP_WEIGHTS'
@@ -76,7 +45,7 @@ TIMEOUT = 60
 # The first digits stand in the names of published files (torch hub, OpenMMLab), where a
 # date may stand as well.
 HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')
-# What mkstemp makes of the prefix and suffix in write_file.
+# What write_file calls a file that is not whole yet.
 LEFTOVER = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')
 
 # How the toolkits call a backbone, and the tops of this one's published names.
@@ -88,13 +57,7 @@ HEAD_PREFIXES = ('head.', 'norm.')
 CLASSIFIER_HEAD = 'head.fc.'
 # What the toolkits keep of a data set; in capitals in their former versions.
 DATASET_META = ('classes', 'palette')
-# Switches of the backbone, and names of tensors that are there when they are on or off.
-SWITCHES = {
-    'conv_stage': ('conv_stages.conv_blocks.', 'conv_stages.blocks.'),
-    'conv_downsample': ('.downsample_mlp.downsample.', '.downsample_mlp.reduction.'),
-    'depthwise_conv': ('.connect.', None),
-}
-# mmengine and torch before 0.4.1 may lack them, and nothing reads them.
+# Files written before torch 0.4.1 lack these tensors of BN, and nothing reads them.
 COUNTER = 'num_batches_tracked'
 MAX_NAMES = 6
 
@@ -111,21 +74,8 @@ def some_of(names: Iterable[str]) -> str:
     return f'{shown} and {more} more' if more > 0 else shown
 
 
-# Files that nobody ever finds half written.
-
-
 def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Check that a file can be written, before the work for it is done.
-
-    Args:
-        path: The file.
-        overwrite: Whether it may be there already.
-
-    Raises:
-        FileNotFoundError: If its folder does not exist.
-        FileExistsError: If it is there and must not be.
-        IsADirectoryError: If it is a folder.
-    """
+    """Raise an OSError if a file cannot be written, before the work for it is done."""
     folder = osp.dirname(path) or '.'
     if not osp.isdir(folder):
         raise FileNotFoundError(f'folder {folder!r} does not exist')
@@ -138,35 +88,25 @@ def check_output(path: str | os.PathLike, overwrite: bool = False) -> None:
 def write_file(
     path: str | os.PathLike, content: bytes | str, overwrite: bool = False
 ) -> None:
-    """Write all of a file or nothing.
-
-    Args:
-        path: The file.
-        content: What it will hold; text becomes UTF-8.
-        overwrite: Whether to replace a file that is there.
+    """Write all of a file, text as UTF-8, or nothing.
 
     Raises:
         OSError: See :func:`check_output`; and if the disk is full. A file that was
             there before is then as it was.
     """
     check_output(path, overwrite)
-    if isinstance(content, str):
-        content = content.encode()
     # In the same folder: only there can it be renamed at once.
     folder, name = osp.split(os.fspath(path))
-    file, temporary = tempfile.mkstemp('.tmp', f'.{name}.', folder or '.')
+    temporary = osp.join(folder, f'.{name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
-        with os.fdopen(file, 'wb') as stream:
-            stream.write(content)
+        with open(temporary, 'xb') as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp lets nobody else read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     # The new name survives a loss of power where a file system lets us ask for that.
     with contextlib.suppress(OSError):
@@ -178,16 +118,9 @@ def write_file(
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
-    """Remove what :func:`write_file` had not finished when its process was killed.
+    """Remove, and name, what a killed process had not finished by :func:`write_file`.
 
-    Args:
-        folder: Nobody must be writing into it.
-
-    Returns:
-        The names of the files.
-
-    Raises:
-        OSError: If the folder cannot be read or written.
+    Nobody must be writing into the folder.
     """
     names = sorted(name for name in os.listdir(folder) if LEFTOVER.fullmatch(name))
     for name in names:
@@ -218,12 +151,10 @@ FIXED = {
 
 
 def _dtype(kind: str, *_) -> np.dtype:
-    """Stand in for ``numpy.dtype``, of which other kinds can hold memory addresses.
-
-    numpy's own instances, unlike copies, ignore the state that a pickle gives them.
-    """
+    """Stand in for ``numpy.dtype``, of which other kinds can hold memory addresses."""
     if kind not in NUMBERS:
         raise pickle.UnpicklingError(f'numpy.dtype of {kind!r}')
+    # Unlike a copy, it ignores the state that a pickle gives it.
     return np.dtype(kind)
 
 
@@ -306,9 +237,7 @@ class _Unpickler(pickle.Unpickler):
 def _check_archive(file: BinaryIO) -> dict[str, int]:
     """Refuse an archive that torch would run, that would grow, or that is ambiguous.
 
-    Returns:
-        Bytes by the name of the entry; none of the format before torch 1.6. The file
-        is left at its beginning, where it was.
+    Return the bytes of its entries by name; none of the format before torch 1.6.
     """
     start, size = file.read(4), file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -330,11 +259,11 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
 
 def _load_safely(
     file: BinaryIO,
-    name: str,
+    path: str,
     map_location: str | torch.device,
     skipped: list[str] | None,
 ) -> object:
-    if name.endswith('.safetensors'):
+    if path.endswith('.safetensors'):
         # timm and Hugging Face write such files; timm brings the reader.
         from safetensors.torch import load
 
@@ -381,10 +310,10 @@ def _open(
     # All logs share this dict, and one that is unpickled brings entries for it.
     shared = HistoryBuffer().__getstate__()['statistics_methods']
     statistics = dict(shared)
-    file_name = source if isinstance(source, str) else name
+    path = source if isinstance(source, str) else urlparse(name).path
     with open(source, 'rb') if isinstance(source, str) else source as file:
         try:
-            checkpoint = _load_safely(file, file_name, map_location, skipped)
+            checkpoint = _load_safely(file, path, map_location, skipped)
         except ImportError:
             raise
         # Unpickling damaged bytes can raise any exception.
@@ -401,27 +330,20 @@ def _open(
 
 
 def check_content(checkpoint: object, name: str) -> None:
-    """Check that the parts of a checkpoint are dicts with names, as all code expects.
-
-    Args:
-        checkpoint: What a file holds.
-        name: What messages call it.
-
-    Raises:
-        CheckpointError: If they are not.
-    """
-    parts = {'': checkpoint}
+    """Raise a CheckpointError if a part of a checkpoint is no dict with names."""
+    parts, wanted = [('', checkpoint)], f'checkpoint {name!r} must hold a dict'
     if isinstance(checkpoint, Mapping):
-        for key in ('state_dict', 'ema_state_dict', 'meta', 'message_hub', 'model'):
-            part = checkpoint.get(key)
-            # timm keeps the name of the model as model.
-            if part is not None and (key != 'model' or isinstance(part, Mapping)):
-                parts[f' as {key}'] = part
-        meta = checkpoint.get('meta')
-        if isinstance(meta, Mapping) and meta.get('dataset_meta') is not None:
-            parts[' as meta.dataset_meta'] = meta['dataset_meta']
-    for where, part in parts.items():
-        wanted = f'checkpoint {name!r} must hold a dict'
+        keys = ('state_dict', 'ema_state_dict', 'meta', 'message_hub')
+        parts += [(f' as {key}', checkpoint.get(key)) for key in keys]
+        # timm may keep the name of a model here.
+        if isinstance(checkpoint.get('model'), Mapping):
+            parts.append((' as model', checkpoint['model']))
+        if isinstance(checkpoint.get('meta'), Mapping):
+            meta = checkpoint['meta'].get('dataset_meta')
+            parts.append((' as meta.dataset_meta', meta))
+    for where, part in parts:
+        if part is None and where:
+            continue
         if not isinstance(part, Mapping):
             kind = type(part).__name__
             raise CheckpointError(f'{wanted}{where}, but holds a {kind}')
@@ -432,10 +354,13 @@ def check_content(checkpoint: object, name: str) -> None:
                 )
 
 
-def _check_hash(path: str, url: str) -> None:
-    """Compare a file with the SHA-256 in its URL, if there is one."""
+def _check_hash(path: str, url: str, content: bytes | None = None) -> None:
+    """Compare the SHA-256 of a file or its content with the one in its URL, if any."""
     found = HASH_IN_NAME.search(urlparse(url).path)
-    if found and not (digest := hash_file(path)).startswith(found[1]):
+    if found is None:
+        return
+    digest = hash_file(path) if content is None else hashlib.sha256(content).hexdigest()
+    if not digest.startswith(found[1]):
         raise ValueError(
             f'{path!r}, which is to be {url}, has the SHA-256 {digest}, but '
             f'{found[1]} is expected: it is damaged or another file'
@@ -470,48 +395,29 @@ def _download(url: str) -> str:
 
 def _fetch(url: str, path: str) -> None:
     """Put a file into the cache if it is whole, safe and the right one."""
-    folder, name = osp.split(path)
-    os.makedirs(folder, exist_ok=True)
-    # With the ending of the name, by which the file is read.
-    temporary = osp.join(folder, f'{uuid.uuid4().hex}.{name}')
+    os.makedirs(osp.dirname(path), exist_ok=True)
     request = urllib.request.Request(url, headers={'User-Agent': 'convmlp_mm'})
     print_log(f'Fetching {url} to {path}', 'current')
     try:
-        try:
-            with (
-                urllib.request.urlopen(request, timeout=TIMEOUT) as response,
-                open(temporary, 'wb') as file,
-            ):
-                shutil.copyfileobj(response, file)
-        except OSError as error:
-            way = f'; {MIRROR} can name a folder that has it' * url.startswith(ROOT)
-            raise OSError(f'cannot fetch {url}: {error}{way}') from error
-        _check_hash(temporary, url)
-        # A connection that breaks off early is no error for urllib.
-        _open(temporary, url, 'cpu')
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        way = f'; {MIRROR} can name a folder that has it' * url.startswith(ROOT)
+        raise OSError(f'cannot fetch {url}: {error}{way}') from error
+    _check_hash(path, url, content)
+    # A connection that breaks off early need not be an error for urllib.
+    _open(io.BytesIO(content), url, 'cpu')
+    write_file(path, content, overwrite=True)
 
 
 def locate_checkpoint(filename: str | os.PathLike) -> str:
-    """Find a checkpoint on this machine, fetching it if it has to be.
+    """Return the path of a checkpoint, fetching it, or its URL if not of http(s).
 
-    Args:
-        filename: See :func:`read_checkpoint`.
-
-    Returns:
-        A path, or the URL itself if it is not of http(s).
-
-    Raises:
-        OSError: See :func:`read_checkpoint`.
-        ValueError: If the file of a URL is not what it should be.
+    The argument and the errors are those of :func:`read_checkpoint`.
     """
     filename = osp.expanduser(os.fspath(filename))
     if filename.startswith(('http://', 'https://')):
-        # One process of the job fetches; the others find it, unless they are on a
-        # machine with another disk.
+        # One process fetches; the others find it, but on a machine with another disk.
         try:
             if is_main_process():
                 _download(filename)
@@ -537,11 +443,8 @@ def read_checkpoint(
             environment variable ``CONVMLP_WEIGHTS`` names stands in for the authors'
             server.
         map_location: Where the tensors go.
-        skipped: Objects other than tensors and the Runner's own records are left out,
-            and their classes added to this list. Without it they are an error.
-
-    Returns:
-        What the file holds.
+        skipped: A list that takes the classes of what is left out, which is all but
+            tensors and the Runner's own records. Without it they are an error.
 
     Raises:
         OSError: If there is no such file, or a URL cannot be fetched.
@@ -561,22 +464,19 @@ def read_checkpoint(
 def dump_checkpoint(checkpoint: Mapping) -> bytes:
     """Make the content of a file that ``torch.load`` reads as weights only.
 
-    Args:
-        checkpoint: Tensors by name, or a dict with ``state_dict`` and ``meta``.
-
     Raises:
         ValueError: If it holds more than tensors, text and numbers.
     """
 
     def whole(value: object) -> object:
-        # A tensor may be a part of a larger one, all of which would be saved, and an
-        # expanded one much larger than what is saved of it.
+        if isinstance(value, Mapping):
+            return {key: whole(item) for key, item in value.items()}
+        # All of the memory would be saved that a tensor is a part of, and of an
+        # expanded one the memory is all that there is.
         if isinstance(value, Tensor):
             value = value.detach()
             stored = value.untyped_storage().nbytes()
             return value.clone() if value.nbytes < stored else value
-        if isinstance(value, Mapping):
-            return {key: whole(item) for key, item in value.items()}
         return value
 
     buffer = io.BytesIO()
@@ -585,18 +485,12 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
     try:
         torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            'the checkpoint holds more than tensors, text and numbers'
-        ) from error
+        message = 'the checkpoint holds more than tensors, text and numbers'
+        raise ValueError(message) from error
     return buffer.getvalue()
 
 
 # Names: where a checkpoint keeps its tensors, and what the toolkits call them.
-
-
-def tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Pick the tensors under ``state_dict`` or ``model``, or of a state dict itself."""
-    return _tensors(checkpoint.get(_taken(checkpoint), checkpoint))
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
@@ -605,16 +499,18 @@ def _tensors(content: object) -> dict[str, Tensor]:
 
 
 def _taken(checkpoint: Mapping) -> str | None:
-    """Return the key that the tensors are under."""
+    """Return the key that the tensors are under; None in a state dict itself."""
     keys = ('state_dict', 'model')
     return next((k for k in keys if isinstance(checkpoint.get(k), Mapping)), None)
 
 
-def say_taken(checkpoint: Mapping) -> str:
-    """Say, to end a message, which of several sets of tensors :func:`tensors_of` takes.
+def tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
+    """Pick the tensors under ``state_dict`` or ``model``, or of a state dict itself."""
+    return _tensors(checkpoint.get(_taken(checkpoint), checkpoint))
 
-    It is empty if there is one set.
-    """
+
+def say_taken(checkpoint: Mapping) -> str:
+    """Say, to end a message, which one of several sets of tensors is taken."""
     taken = _taken(checkpoint)
     others = [k for k, v in checkpoint.items() if k != taken and _tensors(v)]
     return f', taken from {taken!r}, not from {some_of(others)}' if others else ''
@@ -636,30 +532,22 @@ def without_module(checkpoint: Mapping) -> dict[str, Tensor]:
 def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
     """Give the tensors of a checkpoint the names they have in the toolkits.
 
-    Args:
-        checkpoint: See :func:`fit_checkpoint`.
-
-    Returns:
-        Tensors without ``module.``, those of the backbone with the prefix
-        ``backbone.``, and a published classifier's head as mmpretrain names it.
+    They lose ``module.``. In a published file the backbone gets the prefix
+    ``backbone.``, and a classifier's head the name that mmpretrain gives it.
     """
     found = without_module(checkpoint)
     if not any(key.startswith(BACKBONE_PREFIXES) for key in found):
         return found
-    return {
-        re.sub('^head[.]', CLASSIFIER_HEAD, key)
-        if key.startswith('head.')
-        else BACKBONE + key: value
-        for key, value in found.items()
-    }
+
+    def rename(key: str) -> str:
+        head = key.removeprefix('head.')
+        return BACKBONE + key if head == key else CLASSIFIER_HEAD + head
+
+    return {rename(key): value for key, value in found.items()}
 
 
 def _extract_backbone(checkpoint: Mapping, prefix: str | None) -> dict[str, Tensor]:
-    """Pick the backbone's tensors out of a checkpoint, by their published names.
-
-    A head stays in it when nothing but the name tells it apart, as in the published
-    classifiers. By default the prefix is found.
-    """
+    """Pick the backbone's tensors, and what stands beside them, by published names."""
     state_dict = tensors_of(checkpoint)
     if prefix is None:
         prefix = ''
@@ -694,20 +582,14 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def find_not_finite(content: object, name: str = '') -> Iterator[str]:
-    """Find tensors with NaN or Inf in them, in nested dicts and lists.
+    """Yield the dotted names of tensors with NaN or Inf, in nested dicts and lists.
 
-    Args:
-        content: A tensor, a state dict or the like.
-        name: What it is called.
-
-    Yields:
-        Dotted names. A matrix of zeros and -Inf, which is the mask of an attention,
-        is none of them.
+    A matrix of zeros and -Inf, which is the mask of an attention, is none of them.
     """
-    if isinstance(content, Mapping):
-        content = content.items()
-    elif isinstance(content, (list, tuple)):
-        content = enumerate(content)
+    if isinstance(content, (Mapping, list, tuple)):
+        is_dict = isinstance(content, Mapping)
+        for key, value in content.items() if is_dict else enumerate(content):
+            yield from find_not_finite(value, f'{name}.{key}' if name else str(key))
     elif isinstance(content, Tensor) and content.is_floating_point():
         value, storage = content.detach(), content.untyped_storage()
         if value.nbytes > storage.nbytes():
@@ -720,65 +602,51 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
             mask = value.ndim > 1 and zero.any() and (zero | value.isneginf()).all()
             if not mask:
                 yield name
-        return
-    else:
-        return
-    for key, value in content:
-        yield from find_not_finite(value, f'{name}.{key}' if name else str(key))
 
 
-def _find_flaws(
-    found: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
-) -> dict[str, list[str]]:
-    """Name the tensors that are no weights, by what is wrong with them.
+def _list_problems(
+    found: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    problems: Mapping[str, Collection[str]],
+) -> str:
+    """Add to the problems of names those of values that are no weights, and list all.
 
     ``dtypes`` says what tensors are to become, as far as that is known.
     """
     plain = {key: value for key, value in found.items() if _is_plain(value)}
     known = {key: value for key, value in plain.items() if key in dtypes}
+    kinds = [
+        f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
+        for key, value in known.items()
+        if _kind(value.dtype) != _kind(dtypes[key])
+    ]
     # Too large a number becomes Inf where there is less room for it.
     narrow = {
         key: value.to(dtypes[key])
         for key, value in known.items()
         if value.is_floating_point() and value.itemsize > dtypes[key].itemsize
     }
-    return {
+    problems = {
+        **problems,
         'sparse, quantised or without data': [k for k in found if k not in plain],
-        'of another kind of numbers': [
-            f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
-            for key, value in known.items()
-            if _kind(value.dtype) != _kind(dtypes[key])
-        ],
+        'of another kind of numbers': kinds,
         'with NaN or Inf': list(find_not_finite({**plain, **narrow})),
     }
-
-
-def _list_problems(problems: Mapping[str, Collection[str]]) -> str:
-    return '; '.join(
-        f'{len(names)} {what}: {some_of(names)}'
-        for what, names in problems.items()
-        if names
-    )
+    texts = ((len(names), what, some_of(names)) for what, names in problems.items())
+    return '; '.join(f'{n} {what}: {names}' for n, what, names in texts if n)
 
 
 def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
-    """Check tensors that no model is there to be compared with.
-
-    Args:
-        found: Tensors by the names that they have in the toolkits.
-        name: What messages call the file.
+    """Check the tensors of a file, by their names in the toolkits, without a model.
 
     Raises:
         CheckpointError: If one of them is sparse, quantised or without data, has NaN
             or Inf in it, or is of a backbone and has another kind of numbers.
     """
     tops = tuple(BACKBONE + top for top in BACKBONE_PREFIXES)
-    dtypes = {
-        key: torch.int64 if key.endswith(COUNTER) else torch.float64
-        for key in found
-        if key.startswith(tops)
-    }
-    if problems := _list_problems(_find_flaws(found, dtypes)):
+    names = [key for key in found if key.startswith(tops)]
+    dtypes = {k: torch.int64 if k.endswith(COUNTER) else torch.float64 for k in names}
+    if problems := _list_problems(found, dtypes, {}):
         raise CheckpointError(
             f'checkpoint {os.fspath(name)!r} cannot be used: {problems}'
         )
@@ -792,11 +660,11 @@ class Match:
     """How the tensors of a file and those of a model go together.
 
     Attributes:
-        loaded: Tensors of the file that the model has, with the same shape.
-        missing: Names that only the model has, without the counters of BN.
-        misshapen: Names of both, whose shapes differ, and what the shapes are.
+        loaded: Tensors that both have, with the same shape.
+        missing: Names that only the model has, but for the counters of BN.
+        misshapen: Names of both whose shapes differ, with the shapes.
         unknown: Names that only the file has.
-        skipped: Names that a caller has let through, by the reason.
+        skipped: Names that the caller lets through, by the reason.
     """
 
     loaded: dict[str, Tensor]
@@ -805,9 +673,8 @@ class Match:
     unknown: list[str]
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
-    def skip(self, reason: str, names: Collection[str]) -> None:
+    def skip(self, reason: str, names: list[str]) -> None:
         """Take names out of what is wrong, for a reason that the message will give."""
-        names = list(names)
         self.skipped[reason] = names
         self.missing = [key for key in self.missing if key not in names]
         self.unknown = [key for key in self.unknown if key not in names]
@@ -832,13 +699,7 @@ def match(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Match:
 def explain(
     result: Match, found: Mapping[str, Tensor], model: nn.Module, name: str
 ) -> str:
-    """Say in one line how many tensors fit and what was skipped.
-
-    Args:
-        result: What the caller has let through is in ``skipped``.
-        found: The tensors of the file.
-        model: The model.
-        name: What messages call the file.
+    """Say in one line how many of the tensors found fit, and what was skipped.
 
     Raises:
         CheckpointError: If anything else differs, or a tensor is no weight; with the
@@ -846,15 +707,12 @@ def explain(
     """
     expected, kind = model.state_dict(), type(model).__name__
     dtypes = {key: expected[key].dtype for key in result.loaded}
-    problems = _list_problems(
-        {
-            'missing': result.missing,
-            'of another shape': result.misshapen.values(),
-            'unknown': result.unknown,
-            **_find_flaws(result.loaded, dtypes),
-        }
-    )
-    if problems:
+    wrong = {
+        'missing': result.missing,
+        'of another shape': result.misshapen.values(),
+        'unknown': result.unknown,
+    }
+    if problems := _list_problems(result.loaded, dtypes, wrong):
         raise CheckpointError(
             f'checkpoint {name!r} does not fit this {kind}; of its {len(expected)} '
             f'tensors and the {len(found)} in the file, {problems}'
@@ -884,13 +742,13 @@ def load_backbone_weights(
         map_location: See :func:`read_checkpoint`.
 
     Returns:
-        One line that says how many tensors matched and what was skipped.
+        The line of :func:`explain`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a tensor of the backbone is missing, has another shape or kind
-            of numbers, or NaN or Inf in it; if the file has tensors that belong
-            neither to the backbone nor to a classifier's head.
+        CheckpointError: If a tensor of the backbone is missing, of another shape or
+            kind of numbers, or not finite; if one in the file belongs neither to the
+            backbone nor to a classifier's head.
     """
     content = read_checkpoint(checkpoint, map_location)
     found = _extract_backbone(content, prefix)
@@ -914,12 +772,10 @@ def fit_checkpoint(
     """Give a checkpoint the names of a model and keep what the model has.
 
     Args:
-        model: A model of mmpretrain, mmdet or mmseg, usually with ConvMLP as its
-            ``backbone``.
-        checkpoint: A published classifier, whose backbone has no prefix, or a
-            checkpoint with the model's own names, with ``module.`` before them or
-            not; both plain or under ``'state_dict'`` or ``'model'``. It is not
-            changed.
+        model: A model of a toolkit, usually with ConvMLP as its ``backbone``.
+        checkpoint: A published classifier, or one with the model's own names, behind
+            ``module.`` or not; plain or under ``'state_dict'`` or ``'model'``. It is
+            not changed.
         name: What messages call it.
         partial: Whether tensors outside of the backbone may be missing in the file,
             as when a detector starts from a classifier.
@@ -928,14 +784,12 @@ def fit_checkpoint(
         exact: Whether nothing may be skipped, as when a run is resumed.
 
     Returns:
-        The tensors that fit, and one line that says how many they are and what was
-        skipped.
+        The tensors that fit, and the line of :func:`explain`.
 
     Raises:
-        ValueError: If a tensor of the backbone is missing, has another shape or kind
-            of numbers, or NaN or Inf in it, or the file has one that the backbone
-            does not know; the message names them and the architecture that the file
-            seems to have. Without ``partial`` also if other tensors are missing.
+        CheckpointError: If a tensor of the backbone is missing, unknown, of another
+            shape or kind of numbers, or not finite, and without ``partial`` if any
+            is missing. The message names them and the architecture of the file.
     """
     expected = _tensors(model.state_dict())
     is_convmlp = f'{BACKBONE}tokenizer.block.0.weight' in expected
@@ -943,49 +797,38 @@ def fit_checkpoint(
     found = name_as_model(checkpoint) if is_convmlp else without_module(checkpoint)
     result = match(found, expected)
     if not exact:
-        built = [k.removeprefix(BACKBONE) for k in expected if k.startswith(BACKBONE)]
-        extra = [
-            key
-            for key in result.unknown
-            if not key.startswith(BACKBONE)
-            or _is_expected_extra(key.removeprefix(BACKBONE), built)
-        ]
+        extra = [k for k in result.unknown if _is_expected_extra(k, expected, BACKBONE)]
         result.skip('skipped', extra)
     if skip_heads and not exact:
-        heads = [
-            key
-            for key in result.misshapen
-            if 'head' in key
-            and not key.startswith(BACKBONE)
-            and found[key].shape[1:] == expected[key].shape[1:]
-        ]
+        heads = [k for k in result.misshapen if 'head' in k and _is_other(k)]
+        heads = [k for k in heads if found[k].shape[1:] == expected[k].shape[1:]]
         result.skip('skipped for another number of classes', heads)
     if partial:
-        absent = [key for key in result.missing if not key.startswith(BACKBONE)]
-        result.skip('not in the file', absent)
+        result.skip('not in the file', list(filter(_is_other, result.missing)))
     message = explain(result, found, model, os.fspath(name))
     return result.loaded, message + say_taken(checkpoint)
 
 
-def _is_expected_extra(key: str, built: Iterable[str]) -> bool:
+def _is_other(key: str) -> bool:
+    return not key.startswith(BACKBONE)
+
+
+def _is_expected_extra(key: str, built: Iterable[str], prefix: str = '') -> bool:
     """Whether a name is of a head, or of a stage that this backbone has not built."""
-    if key.startswith(HEAD_PREFIXES):
+    name = key.removeprefix(prefix)
+    if not key.startswith(prefix) or name.startswith(HEAD_PREFIXES):
         return True
-    parts = key.split('.')
-    stage = '.'.join(parts[: 2 if parts[0] == 'stages' else 1]) + '.'
-    is_built = any(name.startswith(stage) for name in built)
-    return key.startswith(BACKBONE_PREFIXES) and not is_built
+    parts = name.split('.')
+    stage = '.'.join([*parts[: 2 if parts[0] == 'stages' else 1], ''])
+    is_built = any(other.startswith(prefix + stage) for other in built)
+    return name.startswith(BACKBONE_PREFIXES) and not is_built
 
 
 def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
-    """Read the architecture off the backbone's tensors.
+    """Read the architecture off the backbone's tensors, by their published names.
 
-    Args:
-        found: Tensors by their published names, without prefix.
-
-    Returns:
-        A dict as the values of ``ConvMLP.arch_settings``; None if the tensors are not
-        those of a ConvMLP with its conv stage.
+    It is as the values of ``ConvMLP.arch_settings``; None if the tensors are not those
+    of a ConvMLP with its conv stage.
     """
 
     def count(pattern: str) -> int:
@@ -1006,15 +849,16 @@ def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
         return None
 
 
-def _read_switches(names: Collection[str]) -> dict[str, bool]:
+def _read_switches(names: Iterable[str]) -> dict[str, bool]:
     """Read off the names of a backbone's tensors which of its parts are there."""
-    has = {
-        key: [any(part and part in name for name in names) for part in parts]
-        for key, parts in SWITCHES.items()
+    text = ' '.join(names)
+    on_and_off = {
+        'conv_stage': ('conv_stages.conv_blocks.', 'conv_stages.blocks.'),
+        'conv_downsample': ('downsample_mlp.downsample.', 'downsample_mlp.reduction.'),
     }
-    # Without depth-wise convolutions, there are blocks all the same.
-    has['depthwise_conv'][1] = not has['depthwise_conv'][0]
-    return {key: on for key, (on, off) in has.items() if on != off}
+    has = {key: [part in text for part in on_and_off[key]] for key in on_and_off}
+    found = {key: on for key, (on, off) in has.items() if on != off}
+    return found | {'depthwise_conv': '.connect.' in text}
 
 
 def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
@@ -1031,17 +875,14 @@ def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
     if 'conv_stage' in switches:
         # The tensors do not tell how many blocks the other has.
         there['conv_blocks'] = here['conv_blocks']
-    of_file = [f'{key}={on}' for key, on in switches.items()]
-    configured = [f'{key}={not on}' for key, on in switches.items()]
+    pairs = {f'{key}={on}': f'{key}={not on}' for key, on in switches.items()}
     if there != here:
-        of_file.insert(0, _name_arch(backbone, there))
-        configured.insert(0, _name_arch(backbone, here))
-    if not of_file:
+        names = {_name_arch(backbone, there): _name_arch(backbone, here)}
+        pairs = {**names, **pairs}
+    if not pairs:
         return ''
-    return (
-        f'. The file is {", ".join(of_file)}; the configuration says '
-        f'{", ".join(configured)}'
-    )
+    of_file, configured = ', '.join(pairs), ', '.join(pairs.values())
+    return f'. The file is {of_file}; the configuration says {configured}'
 
 
 def _name_arch(backbone: nn.Module, arch: Mapping) -> str:
@@ -1056,23 +897,17 @@ def _name_arch(backbone: nn.Module, arch: Mapping) -> str:
 def to_mm_layout(checkpoint: Mapping) -> dict:
     """Convert a checkpoint to the layout of today's toolkits.
 
-    Args:
-        checkpoint: A published classifier, detector of mmdetection 2.x or segmentor
-            of mmsegmentation 0.x, or a checkpoint of the Runner. It is not changed.
-
-    Returns:
-        ``state_dict`` with the names of the models, and ``meta``, in which
-        ``dataset_meta`` has the names of the classes if the file has them. The
-        tensors are those of the file.
+    It may be a published classifier, a detector of mmdetection 2.x, a segmentor of
+    mmsegmentation 0.x or a checkpoint of the Runner, and is not changed. What comes of
+    it has ``state_dict`` and ``meta``, with the classes in ``dataset_meta``.
 
     Raises:
         ValueError: If there is no ConvMLP in the checkpoint.
     """
     state_dict = _convmlp_model(checkpoint)
     meta = _plain_meta(checkpoint)
-    dataset_meta = {key: meta.pop(key.upper(), None) for key in DATASET_META}
-    dataset_meta = {key: value for key, value in dataset_meta.items() if value}
-    if dataset_meta:
+    found = {key: meta.pop(key.upper(), None) for key in DATASET_META}
+    if dataset_meta := {key: value for key, value in found.items() if value}:
         meta.setdefault('dataset_meta', dataset_meta)
     return dict(state_dict=state_dict, meta=meta)
 
@@ -1080,17 +915,9 @@ def to_mm_layout(checkpoint: Mapping) -> dict:
 def to_published_layout(checkpoint: Mapping) -> dict:
     """Convert a checkpoint to the layout of the authors' files.
 
-    Args:
-        checkpoint: See :func:`to_mm_layout`.
-
-    Returns:
-        For a classifier or a backbone alone, tensors by their published names. For a
-        detector or segmentor, ``state_dict`` with the names of the model, and
-        ``meta`` with ``CLASSES`` and ``PALETTE``, as mmdetection 2.x and
-        mmsegmentation 0.x have them. The tensors are those of the file.
-
-    Raises:
-        ValueError: If there is no ConvMLP in the checkpoint.
+    Classifiers become tensors by their published names. Detectors and segmentors keep
+    ``state_dict``, with ``CLASSES`` and ``PALETTE`` in ``meta``, as mmdetection 2.x and
+    mmsegmentation 0.x have them. See :func:`to_mm_layout` for what may be converted.
     """
     state_dict = _convmlp_model(checkpoint)
     others = [key for key in state_dict if not key.startswith(BACKBONE)]

@@ -193,7 +193,7 @@ def test_malformed_content_is_named(tmp_path, content, words):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server whose files hold their address, and which is silent at /silent."""
+    """A server whose files hold their address, but not /silent.pth and /short.pth."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     silent = threading.Event()
 
@@ -210,7 +210,9 @@ def server(tmp_path, monkeypatch):
                 continue
             buffer = io.BytesIO()
             torch.save({path: torch.ones(1)}, buffer)
-            connection.sendall(b'HTTP/1.0 200 OK\r\n\r\n' + buffer.getvalue())
+            length = b'Content-Length: 100000\r\n' if path == '/short.pth' else b''
+            head = b'HTTP/1.0 200 OK\r\n' + length + b'\r\n'
+            connection.sendall(head + buffer.getvalue())
             connection.close()
 
     connections = []
@@ -235,6 +237,11 @@ def test_silent_server_is_given_up(server, monkeypatch):
     monkeypatch.setattr(checkpoint, 'TIMEOUT', 0.2)
     with pytest.raises(OSError, match='cannot fetch .*silent.pth: timed out'):
         read_checkpoint(f'{server}/silent.pth')
+
+
+def test_connection_that_breaks_off_is_named(server):
+    with pytest.raises(OSError, match='cannot fetch .*short.pth: IncompleteRead'):
+        read_checkpoint(f'{server}/short.pth')
 
 
 # Tensors

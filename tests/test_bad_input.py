@@ -179,7 +179,7 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
         (['complexity.py', 'no_such'], ["no configuration 'no_such'"]),
         (['convert_weights.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
         (['publish_model.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
-        (['benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
+        (['analysis/benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
         (
             ['convmlp_mm.elastic', '--rdzv_endpoint', f'127.0.0.1:{BUSY}', 'train.py'],
             [f'error: port {BUSY} of this machine cannot be used', 'set PORT'],

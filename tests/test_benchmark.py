@@ -110,7 +110,6 @@ def test_twin_keeps_contiguous_memory():
     ('options', 'fragment'),
     [
         (['infer', f'{RESNET}@fast'], "unknown option 'fast'; there are deploy, bf16"),
-        (['infer', f'{RESNET}@'], "unknown option ''"),
         (['infer', 'matmul', 'nothing'], "no configuration 'nothing'; there are"),
         (['infer', f'published::{RESNET}'], 'its backbone is ResNet'),
         (['infer', 'published::matmul'], "no configuration 'matmul'"),
@@ -119,7 +118,7 @@ def test_twin_keeps_contiguous_memory():
         (['train', f'{RESNET}@deploy'], "'deploy' is for infer"),
         (['infer', f'{MASK_RCNN}@channels-last'], 'mmcv.RoIAlign reads such maps'),
         (['infer', RESNET, '--shape', '0'], "from 1 on, not '0'"),
-        (['train', RESNET, '--rounds', '1.5'], "from 1 on, not '1.5'"),
+        (['infer', RESNET, '--shape', '1', '2', '3'], 'but got 3 numbers'),
         (['infer', RESNET, '--device', 'cuda:99'], '--device cuda:99: torch sees'),
         (['infer', RESNET, '--out', 'no/table.json'], "folder 'no' does not"),
         (['data', 'retinanet_convmlp_s'], "data folder 'data/coco/'"),
@@ -208,6 +207,7 @@ def test_models_are_timed_in_turn_and_all_is_written(recipe, tmp_path, capsys, m
     assert [row['model'] for row in found['models']] == models
     for row, line in zip(found['models'], text.splitlines()[1:]):
         assert row.keys() == KEYS and len(row['seconds']) == 3
+        assert row['shape'] == ([2048] * 2 if row['model'] == 'matmul' else [64, 64])
         assert 0 < min(row['seconds']) <= row['q1'] <= row['median'] <= row['q3']
         assert row['memory'] is None and row['flops'] > 0
         assert line.split()[0] == row['model']

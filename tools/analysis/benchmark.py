@@ -264,13 +264,15 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
 def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     """Build and warm up; return what times a step, and what is known without time."""
     cuda = args.device != 'cpu'
+    shape = (2048, 2048) if entry.cfg is None else args.shape
+    shape = shape or default_shape(entry.cfg)
+    shape = (shape[0], shape[-1])
     if cuda:
-        torch.cuda.set_device(args.device)
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_device(torch.device(args.device).index or 0)
         before = torch.cuda.memory_allocated()
-    default = default_shape(entry.cfg) if entry.cfg else (2048, 2048)
-    shape = args.shape if args.shape and entry.cfg else default
-    step = build_step(entry, (shape[0], shape[-1]), args)
+    step = build_step(entry, shape, args)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     counter = FlopCounterMode(display=False)
     # It sees nothing of a compiled graph.
     with contextlib.nullcontext() if 'compile' in entry.options else counter:
@@ -314,8 +316,7 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
         + ['-' if row[k] is None else f'{f * row[k]:.{d}f}' for _, k, f, d in COLUMNS]
         for row in rows
     ]
-    table = format_table(['model', *(column[0] for column in COLUMNS)], cells)
-    table += (
+    table = format_table(['model', *(column[0] for column in COLUMNS)], cells) + (
         f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
         f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
         f'{torch.__version__}, {args.device}, {args.threads} threads\n'
@@ -340,26 +341,18 @@ def summarize(row: dict, first: list[float], batch_size: int) -> None:
     )
 
 
-def build_loaders(cfg: Config, args: argparse.Namespace) -> list:
-    """Build the loader of the training as the Runner does, for each ``--workers``."""
-    if cfg.get('train_dataloader') is None:
-        raise ValueError(f'configuration {args.config!r} has no train_dataloader')
-    cli.check_data(cfg, ('train',))
-    scope = cfg.default_scope
-    importlib.import_module(f'{scope}.utils').register_all_modules(False)
-    set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
-    loaders = []
-    for workers in args.workers:
-        settings = copy.deepcopy(cfg.train_dataloader)
-        settings.update(num_workers=workers, persistent_workers=workers > 0)
-        settings.batch_size = args.batch_size or settings.batch_size
-        for key in WORKER_KEYS if workers == 0 else ():
-            settings.pop(key, None)
-        with DefaultScope.overwrite_default_scope(scope):
-            loaders.append(Runner.build_dataloader(settings, seed=0))
-        if not len(loaders[-1]):
-            raise ValueError(f'too few images for a batch of {settings.batch_size}')
-    return loaders
+def build_loader(cfg: Config, workers: int, batch_size: int | None):
+    """Build the loader of the training as the Runner does."""
+    settings = copy.deepcopy(cfg.train_dataloader)
+    settings.update(num_workers=workers, persistent_workers=workers > 0)
+    settings.batch_size = batch_size or settings.batch_size
+    for key in WORKER_KEYS if workers == 0 else ():
+        settings.pop(key, None)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        loader = Runner.build_dataloader(settings, seed=0)
+    if not len(loader):
+        raise ValueError(f'too few images for a batch of {settings.batch_size}')
+    return loader
 
 
 def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
@@ -367,22 +360,26 @@ def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
     with cli.one_line_errors():
         cfg = find_config(args.config)
         cli.merge_options(cfg, args.cfg_options or {})
-        loaders = build_loaders(cfg, args)
+        if cfg.get('train_dataloader') is None:
+            raise ValueError(f'configuration {args.config!r} has no train_dataloader')
+        cli.check_data(cfg, ('train',))
+        importlib.import_module(f'{cfg.default_scope}.utils').register_all_modules(
+            False
+        )
+        set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
+        loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
     loading, rows = {}, []
-    for loader in loaders:
+    for workers, loader in loaders.items():
         sizes, stream = [], chain.from_iterable(repeat(loader))
         # All processes begin with a batch at once.
-        for _ in range(loader.num_workers):
+        for _ in range(workers):
             next(stream)
-        timer = Timer(
-            'sizes.append(len(next(stream)["inputs"]))',
-            globals=dict(sizes=sizes, stream=stream),
-            num_threads=torch.get_num_threads(),
-        )
+        names = dict(sizes=sizes, stream=stream)
+        timer = Timer('sizes.append(len(next(stream)["inputs"]))', globals=names)
         batch = timer.timeit(args.batches).mean
         images = float(np.mean(sizes[-args.batches :])) / batch
-        loading[loader.num_workers] = dict(batch=batch, images_per_second=images)
-        rows.append([str(loader.num_workers), f'{1e3 * batch:.1f}', f'{images:.1f}'])
+        loading[workers] = dict(batch=batch, images_per_second=images)
+        rows.append([str(workers), f'{1e3 * batch:.1f}', f'{images:.1f}'])
     header = ['workers', 'batch (ms)', 'images/s']
     return dict(loading=loading), format_table(header, rows)
 
@@ -423,6 +420,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode != 'data' and args.device != 'cpu' and not gpu:
         parser.error(f'--device {args.device}: torch sees no GPU; there is cpu')
+    if args.mode != 'data' and len(args.shape or ()) > 2:
+        parser.error(f'--shape is height and width, but got {len(args.shape)} numbers')
     return args
 
 

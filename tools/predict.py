@@ -19,10 +19,10 @@ from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
 from convmlp_mm.apis import switch_to_deploy
-from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
-from convmlp_mm.launch import keep_memory
+from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
+from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.predict import (
     list_images,
     name_outputs,

@@ -39,15 +39,15 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from convmlp_mm import ConvMLP, cli
+from convmlp_mm import ConvMLP, launch
 from convmlp_mm.analysis.complexity import default_shape
 from convmlp_mm.analysis.output import format_table
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.config_checks import WORKER_KEYS
 from convmlp_mm.config_files import find_config
-from convmlp_mm.engine.model_hooks import operator_of_mmcv, use_channels_last
 from convmlp_mm.files import check_output, write_file
-from convmlp_mm.launch import keep_memory
+from convmlp_mm.hooks.model import operator_of_mmcv, use_channels_last
+from convmlp_mm.launch.process import keep_memory
 
 OPTIONS = ('deploy', 'bf16', 'compile', 'channels-last')
 PUBLISHED, MATMUL = 'published::', 'matmul'
@@ -234,7 +234,7 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     settings = copy.deepcopy(model.cfg.get('optim_wrapper')) or dict(
         type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)
     )
-    cli.plain_optim_wrapper(settings)
+    launch.plain_optim_wrapper(settings)
     model.train()
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)
@@ -290,7 +290,7 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     """Time each model once a round, in a drawn order; return JSON and table."""
-    with cli.one_line_errors():
+    with launch.one_line_errors():
         entries = [parse_entry(text, args.mode) for text in args.models]
     torch.set_num_threads(args.threads)
     if args.malloc:
@@ -298,7 +298,7 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     timers, rows = [], []
     for entry in entries:
         print(f'preparing {entry.text}')
-        with cli.one_line_errors():
+        with launch.one_line_errors():
             timer, row = prepare(entry, args)
         timers.append(timer)
         rows.append(dict(row, seconds=[]))
@@ -357,12 +357,12 @@ def build_loader(cfg: Config, workers: int, batch_size: int | None):
 
 def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
     """Time batches of the training's loader; return JSON and table."""
-    with cli.one_line_errors():
+    with launch.one_line_errors():
         cfg = find_config(args.config)
-        cli.merge_options(cfg, args.cfg_options or {})
+        launch.merge_options(cfg, args.cfg_options or {})
         if cfg.get('train_dataloader') is None:
             raise ValueError(f'configuration {args.config!r} has no train_dataloader')
-        cli.check_data(cfg, ('train',))
+        launch.check_data(cfg, ('train',))
         importlib.import_module(f'{cfg.default_scope}.utils').register_all_modules(
             False
         )
@@ -410,7 +410,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         mode.add_argument('--min-time', type=float, default=0.05, help='of each turn')
         mode.add_argument('--malloc', action='store_true', help='let it keep memory')
     data.add_argument('config', help='configuration, named as the models are')
-    cli.add_cfg_options(data)
+    launch.add_cfg_options(data)
     data.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])
     data.add_argument('--batches', type=number, default=20)
     data.add_argument('--batch-size', type=number, help="by default the recipe's")
@@ -427,7 +427,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with cli.one_line_errors():
+    with launch.one_line_errors():
         if args.out is not None:
             check_output(args.out, args.overwrite)
     # What the toolkits print does not belong into the table.

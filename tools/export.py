@@ -42,18 +42,9 @@ def parse_args() -> argparse.Namespace:
         help='pixels to compare at; default: 224 224 for classifiers, 800 1280 for '
         'detectors, 512 512 for segmentors',
     )
-    add('--batch-size', type=int, default=1, help='images compared at once')
-    add(
-        '--images',
-        help='image or folder (with its folders) to compare on; default: three drawn',
-    )
-    add(
-        '--opset',
-        type=int,
-        choices=OPSETS,
-        default=OPSETS[-1],
-        help='of ONNX, default: 17',
-    )
+    add('--images', help='image or folder to compare on; default: three drawn images')
+    newest = OPSETS[-1]
+    add('--opset', type=int, choices=OPSETS, default=newest, help='default: 17')
     add('--overwrite', action='store_true', help='replace the file')
     add_cfg_options(parser)
     return parser.parse_args()
@@ -77,7 +68,7 @@ def main() -> int:
         images = args.images and [read_image(path) for path in list_images(args.images)]
         weights = args.weights
         if weights == 'published':
-            weights = published_weights(args.config)
+            weights = published_weights(args.config.removeprefix('convmlp_mm::'))
         torch.manual_seed(0)
         model = build_model(cfg)
         stated = 'random weights (seed 0)'
@@ -90,7 +81,7 @@ def main() -> int:
                 stated += f' (SHA-256 {digest[:8]})'
         notes = dict(config=args.config, weights=stated, version=__version__)
         shape = tuple(args.shape or SHAPES[cfg.default_scope])
-        exported = export(model, shape, *wanted, args.batch_size, args.opset, notes)
+        exported = export(model, shape, *wanted, args.opset, notes)
         verify(exported, model, images)
         write(exported, args.out, args.overwrite)
     print('largest |difference| / max(1, |PyTorch|):')

@@ -4,17 +4,14 @@
 toolkit, :func:`write` writes it.
 """
 
-from .formats import FORMATS, OPSETS, Exported, check_request, export, write
-from .systems import SYSTEMS, ExportError
-from .verify import TOLERANCE, draw_images, verify
+from .formats import FORMATS, OPSETS, check_request, export, write
+from .systems import ExportError
+from .verify import draw_images, verify
 
 __all__ = [
     'FORMATS',
     'OPSETS',
-    'SYSTEMS',
-    'TOLERANCE',
     'ExportError',
-    'Exported',
     'check_request',
     'draw_images',
     'export',

@@ -28,8 +28,6 @@ __all__ = ['FORMATS', 'OPSETS', 'Exported', 'check_request', 'export', 'write']
 INPUT = 'images'
 # The last is the newest that the exporter of torch 2.2 writes.
 OPSETS = range(13, 18)
-# The least height and width that the backbones take, in pixels.
-MIN_SIZE = 32
 
 
 def _make_onnx(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
@@ -90,17 +88,23 @@ def _open_torch(content: bytes) -> Callable:
 
 
 class Format(NamedTuple):
-    """How files are called, made of a graph, and opened as a function of images."""
+    """How files are called, made of a graph, and opened as a function of images.
+
+    ``smallest`` is the fewest pixels of a side to trace and to compare at.
+    """
 
     suffix: str
+    smallest: int
     packages: tuple[str, ...]
     make: Callable[[Graph, Tensor, dict, int], bytes]
     open: Callable[[bytes], Callable]
 
 
 FORMATS = dict(
-    onnx=Format('.onnx', ('onnx', 'onnxruntime'), _make_onnx, _open_onnx),
-    torch=Format('.pt2', (), _make_torch, _open_torch),
+    onnx=Format('.onnx', 32, ('onnx', 'onnxruntime'), _make_onnx, _open_onnx),
+    # torch.export takes a map of one position for one that always has one; the largest
+    # stride is 128.
+    torch=Format('.pt2', 129, (), _make_torch, _open_torch),
 )
 
 
@@ -112,8 +116,6 @@ class Exported:
     run: Callable
     graph: Graph
     shape: tuple[int, int]
-    batch_size: int
-    smallest: int
     differences: dict[str, float] | None = None
     detections: int = 0
     # Detections that mmdet does not have: of boxes whose scores only rounding tells
@@ -131,14 +133,8 @@ def check_request(
 ) -> None:
     """Check what can be checked before a model is built.
 
-    For the arguments see :func:`export` and :func:`write`; no path is checked if it is
-    None.
-
-    Raises:
-        ValueError: If an argument is none of those allowed, or the model cannot be
-            exported.
-        ImportError: If a package is missing, or torch is too old.
-        OSError: If the file cannot be written.
+    For arguments and errors see :func:`export` and :func:`write`; without a path, none
+    is checked.
     """
     for name, value, allowed in (
         ('part', part, ('model', 'backbone')),
@@ -147,7 +143,7 @@ def check_request(
     ):
         if value not in allowed:
             raise ValueError(f'{name} must be one of {allowed}, but got {value!r}')
-    suffix, packages, *_ = FORMATS[form]
+    suffix, _, packages, *_ = FORMATS[form]
     if path is not None and not str(path).endswith(suffix):
         raise ValueError(
             f'the file of format {form!r} must end with {suffix!r}, but got {path!r}'
@@ -188,7 +184,6 @@ def export(
     shape: tuple[int, int],
     part: str = 'model',
     form: str = 'onnx',
-    batch_size: int = 1,
     opset: int = OPSETS[-1],
     notes: Mapping[str, str] | None = None,
 ) -> Exported:
@@ -204,32 +199,25 @@ def export(
         shape: Height and width in pixels to trace and to compare at.
         part: ``'model'`` or ``'backbone'``.
         form: One of ``FORMATS``.
-        batch_size: Images at once in the comparison.
         opset: Version of the ONNX operators, one of ``OPSETS``.
         notes: Properties to add to those that the file holds, as JSON.
 
     Raises:
-        ValueError: See :func:`check_request`; and for shape and batch size.
-        ExportError: If the model cannot be exported.
-        ImportError: See :func:`check_request`.
+        ValueError: If the model cannot be exported, or an argument is not allowed.
+        ImportError: If a package is missing, or torch is too old.
     """
     check_request(model.cfg, None, part, form, opset)
-    if batch_size < 1:
-        raise ValueError(f'the batch size must be at least 1, but got {batch_size}')
-    deployed = copy.deepcopy(model)
-    switch_to_deploy(deployed)
-    deployed.requires_grad_(False)
-    kind = type(model).__name__
-    graph = (backbone if part == 'backbone' else SYSTEMS[kind])(deployed).eval()
-    smallest = MIN_SIZE
-    if form == 'torch':
-        # torch.export takes a map of one position for one that always has one.
-        smallest = max(MIN_SIZE, graph.stride) + 1
+    smallest = FORMATS[form].smallest
     if min(shape) < smallest:
         raise ValueError(
             f'the shape must be at least {smallest} {smallest} for format {form!r}, '
             f'but got {shape[0]} {shape[1]}'
         )
+    deployed = copy.deepcopy(model)
+    switch_to_deploy(deployed)
+    deployed.requires_grad_(False)
+    kind = type(model).__name__
+    graph = (backbone if part == 'backbone' else SYSTEMS[kind])(deployed).eval()
     properties = dict(
         model=kind,
         part=part,
@@ -253,7 +241,7 @@ def export(
         warnings.simplefilter('ignore')
         content = FORMATS[form].make(graph, example, properties, opset)
         run = FORMATS[form].open(content)
-    return Exported(content, run, graph, shape, batch_size, smallest)
+    return Exported(content, run, graph, shape)
 
 
 def write(exported: Exported, path: str | os.PathLike, overwrite: bool = False) -> None:

@@ -35,7 +35,6 @@ class Graph(nn.Module):
             outputs.
         outputs: Their names, each with the names of its open axes and the lengths that
             an exporter does not find by itself.
-        stride: The largest stride in pixels. Defaults to that of the backbone's maps.
         notes: Properties of the file beside those that all files have.
     """
 
@@ -44,13 +43,11 @@ class Graph(nn.Module):
         model: BaseModel,
         compute: Callable[..., tuple[Tensor, ...]],
         outputs: dict[str, dict[int, str | int]],
-        stride: int | None = None,
         **notes: object,
     ) -> None:
         super().__init__()
         self.model, self.compute = model, compute
         self.outputs, self.notes = outputs, notes
-        self.stride = stride or 128 // min(m.shape[-1] for m in _draft_maps(model))
         settings = model.cfg.model.get('data_preprocessor') or {}
         to_rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')
         self.order = 'RGB' if to_rgb else 'BGR'
@@ -85,25 +82,24 @@ def _require(name: str, value: object, allowed: object, fits: bool = False) -> N
         raise ExportError(f'{name} must be {allowed} to be exported, but is {value}')
 
 
-@torch.no_grad()
-def _draft_maps(model: BaseModel) -> tuple[Tensor, ...]:
-    """Return the backbone's maps of 128 x 128 pixels."""
-    return model.backbone(torch.zeros(1, 3, 128, 128))
-
-
 def backbone(model: BaseModel) -> Graph:
     """Export the backbone of any model: ``feature_0`` and so on, (N, C, h, w)."""
 
-    def compute(model, images, size):
-        return tuple(model.backbone(images))
+    def compute(backbone, images, size):
+        return tuple(backbone(images))
 
+    with torch.no_grad():
+        number = len(model.backbone(torch.zeros(1, 3, 128, 128)))
     outputs = {
         f'feature_{i}': {0: 'batch', 2: f'height_{i}', 3: f'width_{i}'}
-        for i in range(len(_draft_maps(model)))
+        for i in range(number)
     }
     given = {k: getattr(model.backbone, k, None) for k in ('strides', 'out_channels')}
     notes = {k: list(value) for k, value in given.items() if value is not None}
-    return Graph(model, compute, outputs, **notes)
+    graph = Graph(model, compute, outputs, **notes)
+    # The file holds no weights of neck and head.
+    graph.model = model.backbone
+    return graph
 
 
 def classifier(model: BaseModel) -> Graph:
@@ -174,11 +170,9 @@ def retinanet(model: BaseModel) -> Graph:
     for key in ('nms_pre', 'max_per_img'):
         value = cfg.get(key, -1)
         _require(f'test_cfg.{key}', value, 'above 0', value > 0)
-    anchors = head.prior_generator
-    length = min(cfg.max_per_img, anchors.num_levels * cfg.nms_pre)
+    length = min(cfg.max_per_img, head.prior_generator.num_levels * cfg.nms_pre)
     outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch', 1: length})
-    stride = max(max(pair) for pair in anchors.strides)
-    return Graph(model, _detect, outputs, stride, test_cfg=cfg.to_dict())
+    return Graph(model, _detect, outputs, test_cfg=cfg.to_dict())
 
 
 def _detect(

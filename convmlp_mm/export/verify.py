@@ -31,12 +31,12 @@ def verify(
 ) -> None:
     """Compare a file with the toolkit's ``test_step``, whose BN is not folded.
 
-    It is run at its shape and batch size on all images, at another size, and with one
-    image more. Then ``exported.differences`` has the largest ``|exported - PyTorch| /
-    max(1, |PyTorch|)`` of each output. For the labels of pixels it is how far the logit
-    of the exported class lies below the highest one. Detectors have ``detections``, how
-    far boxes (relative to their farthest edge) and scores are from mmdet's candidates,
-    and ``selection``, how many detections are missing or must not be there.
+    It is run at its shape on each image, at another size, and on two images. Then
+    ``exported.differences`` has the largest ``|exported - PyTorch|`` of each output, or
+    that divided by ``|PyTorch|`` where this is above 1. For labels of pixels it is how
+    far the logit of the exported class lies below the highest one. Detectors have
+    ``detections``, how far boxes (relative to their farthest edge) and scores are from
+    mmdet's candidates, and ``selection``, how many are missing or must not be there.
 
     Args:
         exported: What :func:`export` has made.
@@ -49,13 +49,12 @@ def verify(
     """
     kind, graph, shape = type(model).__name__, exported.graph, exported.shape
     images = draw_images(3, shape) if images is None else images
-    least, number = exported.smallest, exported.batch_size
-    other = tuple(max(least, int(n * s) | 1) for n, s in zip(shape, (0.8, 0.7)))
-    checks = [(start, number, shape) for start in range(0, len(images), number)]
-    checks += [(0, number, other), (0, number + 1, shape)]
-    differences, exported.detections, exported.rounded = {}, 0, 0
-    for start, count, size in checks:
-        chosen = (images[i % len(images)] for i in range(start, start + count))
+    other = (shape[0] * 9 // 8 | 1, shape[1] * 5 // 4 | 1)
+    checks = [([image], shape) for image in images]
+    checks += [([images[0]], other), ([images[0], images[-1]], shape)]
+    exported.differences, exported.detections, exported.rounded = None, 0, 0
+    differences = {}
+    for chosen, size in checks:
         fitted = [ImageOps.fit(Image.fromarray(one), size[::-1]) for one in chosen]
         batch = np.stack(fitted)
         pixels = batch[..., :: -1 if graph.order == 'RGB' else 1].transpose(0, 3, 1, 2)
@@ -72,8 +71,7 @@ def verify(
             each = ', '.join(f'{name} {value:.1e}' for name, value in result.items())
             raise ExportError(
                 f'the exported {kind} differs from PyTorch by {worst:.1e} (more than '
-                f'{TOLERANCE:.0e}) at batch {count}, {size[0]} x {size[1]} pixels: '
-                f'{each}'
+                f'{TOLERANCE:.0e}) on pixels of shape {batch.shape[:3]}: {each}'
             )
         differences = {n: max(v, differences.get(n, 0)) for n, v in result.items()}
     exported.differences = differences

@@ -8,8 +8,8 @@ mmengine. It changes nothing else, and imports no toolkit.
 from . import storage  # noqa: F401, registers the backend
 from .apis import get_inferencer, get_model
 from .convmlp import ConvMLP
-from .engine import *  # noqa: F403
-from .engine import __all__ as _hooks
+from .hooks import *  # noqa: F403
+from .hooks import __all__ as _hooks
 from .zoo import config_path, list_models, register_classifiers
 
 __version__ = '0.1.0'

@@ -388,7 +388,7 @@ def another_run():
         '\nprint(flush=True); input()'
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('convmlp_mm.engine.work_dir.PATIENCE', 0)
+        patch.setattr('convmlp_mm.hooks.work_dir.PATIENCE', 0)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with subprocess.Popen([sys.executable, '-c', code], **pipes) as process:
             process.stdout.readline()

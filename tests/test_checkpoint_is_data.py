@@ -23,7 +23,7 @@ from toy import LENGTH, write_config
 
 from convmlp_mm import ConvMLP, checkpoint_io
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.engine import find_latest_checkpoint, latest
+from convmlp_mm.hooks import find_latest_checkpoint, latest
 from convmlp_mm.weights import fit_checkpoint
 
 # Files

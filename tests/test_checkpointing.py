@@ -21,9 +21,9 @@ from tiny import full_disk
 from torch.utils.data import Dataset
 
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.cli import closing_group
-from convmlp_mm.engine import SafeCheckpointHook, find_latest_checkpoint
 from convmlp_mm.files import remove_leftovers
+from convmlp_mm.hooks import SafeCheckpointHook, find_latest_checkpoint
+from convmlp_mm.launch import closing_group
 from convmlp_mm.storage import AtomicLocalBackend, atomic_local_files
 
 # In bytes: the toy's checkpoint is larger than this, and its logs are smaller.

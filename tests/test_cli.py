@@ -19,7 +19,10 @@ from mmpretrain.models import ImageClassifier
 from torch.utils.data import DataLoader, Dataset
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.cli import (
+from convmlp_mm.config_checks import name_types
+from convmlp_mm.config_files import find_config
+from convmlp_mm.data_checks import check_annotations
+from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,
     check_data,
@@ -29,9 +32,6 @@ from convmlp_mm.cli import (
     load_config,
     one_line_errors,
 )
-from convmlp_mm.config_checks import name_types
-from convmlp_mm.config_files import find_config
-from convmlp_mm.data_checks import check_annotations
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_recipe_for_accelerators_is_fitted_to_the_cpu_only(
     tmp_path, monkeypatch, capsys, device
 ):
-    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: device)
+    monkeypatch.setattr('convmlp_mm.launch.runner.get_device', lambda: device)
     cfg = Config(
         dict(
             model=dict(type='ConvMLP', arch='s', out_indices=(0,)),
@@ -225,7 +225,7 @@ def tiny_cfg(tmp_path, **changes):
 
 
 def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cpu')
+    monkeypatch.setattr('convmlp_mm.launch.runner.get_device', lambda: 'cpu')
     cfg = tiny_cfg(tmp_path)
     optimizer = cfg.optim_wrapper.optimizer
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
@@ -235,11 +235,11 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
 
 def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypatch):
     init = Mock()
-    monkeypatch.setattr('convmlp_mm.cli.runner.init_dist', init)
+    monkeypatch.setattr('convmlp_mm.launch.runner.init_dist', init)
     monkeypatch.setattr(
-        'convmlp_mm.cli.runner.RUNNERS.build', Mock(return_value=Mock(hooks=[]))
+        'convmlp_mm.launch.runner.RUNNERS.build', Mock(return_value=Mock(hooks=[]))
     )
-    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cuda')
+    monkeypatch.setattr('convmlp_mm.launch.runner.get_device', lambda: 'cuda')
     for name, value in dict(CONVMLP_MM_STORE='/x/0', RANK='1', WORLD_SIZE='2').items():
         monkeypatch.setenv(name, value)
     env_cfg = dict(dist_cfg=dict(backend='nccl', timeout=9))
@@ -284,7 +284,7 @@ def test_num_classes_option_reaches_every_head(tmp_path):
 def test_memory_that_was_freed_is_kept_unless_the_user_has_set_malloc(variables, kept):
     code = """
 import resource
-from convmlp_mm.launch import keep_memory
+from convmlp_mm.launch.process import keep_memory
 print(keep_memory())
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

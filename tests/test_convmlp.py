@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
-from published import (
+from reference import (
     DATA,
     assert_summary_equal,
     draw,

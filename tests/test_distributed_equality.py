@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from toy import free_port
 
 from convmlp_mm import SyncStatisticsHook
-from convmlp_mm.cli import build_runner, closing_group
+from convmlp_mm.launch import build_runner, closing_group
 
 # They share what has been trained.
 pytestmark = pytest.mark.xdist_group('equality')

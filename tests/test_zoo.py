@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from PIL import Image
-from published import draw, draw_checkpoint, draw_image, published_forward
+from reference import draw, draw_checkpoint, draw_image, published_forward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
@@ -99,7 +99,7 @@ def test_parameters_flops_and_recipe_of_the_metafile_are_those_of_the_model(
 
 
 def test_readme_tables_are_up_to_date():
-    tool = ROOT / 'tools' / 'update_model_zoo.py'
+    tool = ROOT / 'tools' / 'data' / 'update_model_zoo.py'
     command = [sys.executable, str(tool), '--check']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -341,7 +341,7 @@ before = attributes()
 import convmlp_mm
 after = attributes()
 changed = [key for key in before if after[key] is not before[key]]
-# The registry of addresses is a new dict with one more; the others are the interpreter's.
+# The registry of addresses is a new dict with one more.
 allowed = '_schemes', '_abc', '__'
 assert not [key for key in changed if not key[-1].startswith(allowed)], changed
 assert not {'mmdet', 'mmseg', 'mmpretrain'} & set(sys.modules)

@@ -23,9 +23,9 @@ from convmlp_mm.analysis.complexity import (
     measure_complexity,
 )
 from convmlp_mm.analysis.output import FORMATS, format_table
-from convmlp_mm.cli import one_line_errors
 from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.launch import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

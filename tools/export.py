@@ -16,9 +16,9 @@ import torch
 from convmlp_mm import __version__
 from convmlp_mm.apis import build_model, load_weights
 from convmlp_mm.checkpoint_io import hash_file, locate_checkpoint
-from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.config_files import find_config
 from convmlp_mm.export import FORMATS, OPSETS, check_request, export, verify, write
+from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images, read_whole_image
 from convmlp_mm.zoo import published_weights
 

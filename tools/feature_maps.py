@@ -19,7 +19,7 @@ from convmlp_mm.analysis.feature_maps import (
 )
 from convmlp_mm.analysis.images import read_image, save_sheet
 from convmlp_mm.analysis.montage import draw_feature_maps
-from convmlp_mm.cli import one_line_errors
+from convmlp_mm.launch import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

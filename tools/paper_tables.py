@@ -20,9 +20,9 @@ from mmengine.config import Config
 from convmlp_mm.analysis.complexity import Complexity, measure_complexity
 from convmlp_mm.analysis.output import format_table
 from convmlp_mm.analysis.tradeoff import draw_tradeoff
-from convmlp_mm.cli import one_line_errors
 from convmlp_mm.config_files import find_config
 from convmlp_mm.files import write_file
+from convmlp_mm.launch import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = Path(__file__).with_suffix('.yml')

@@ -21,7 +21,7 @@ from convmlp_mm.analysis.saliency import (
     find_label,
     map_classifiers,
 )
-from convmlp_mm.cli import one_line_errors
+from convmlp_mm.launch import one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

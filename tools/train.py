@@ -14,7 +14,10 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
-from convmlp_mm.cli import (
+from convmlp_mm.hooks import find_latest_checkpoint
+from convmlp_mm.hooks.mixed_precision import has_bfloat16
+from convmlp_mm.hooks.saving import checkpoint_hooks
+from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
@@ -26,10 +29,7 @@ from convmlp_mm.cli import (
     lock_of_training,
     one_line_errors,
 )
-from convmlp_mm.engine import find_latest_checkpoint
-from convmlp_mm.engine.mixed_precision import has_bfloat16
-from convmlp_mm.engine.saving import checkpoint_hooks
-from convmlp_mm.launch import end_with_launcher
+from convmlp_mm.launch.process import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import modelindex
 
-from convmlp_mm.analysis.output import format_table
+from convmlp_mm.cli.tables import format_table
 from convmlp_mm.files import write_file
 
 ROOT = Path(__file__).resolve().parents[1]

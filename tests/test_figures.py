@@ -71,12 +71,11 @@ def test_model_of_one_size_keeps_it_and_its_tokens_become_maps(image):
     stages = extract_stages(source.model, inputs)
     assert list(stages) == [f'layers.{i}' for i in (2, 5, 8, 11)]
     assert {maps.shape for maps in stages.values()} == {(768, 14, 14)}
-    # A token is a position, row by row.
     with torch.no_grad():
-        tokens = source.model.backbone.patch_embed(inputs)[0]
-        for layer in source.model.backbone.layers[:3]:
-            tokens = layer(tokens)
-    torch.testing.assert_close(stages['layers.2'][:, 1, 3], tokens[0, 17])
+        tokens = source.model.backbone(inputs)[-1][0]
+    # The norm after the last block works on each token by itself.
+    maps = source.model.backbone.norm1(stages['layers.11'].permute(1, 2, 0))
+    torch.testing.assert_close(maps[1, 3], tokens[:, 17])
 
 
 def test_statement_tells_random_from_loaded_weights(weights):

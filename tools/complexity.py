@@ -62,13 +62,8 @@ def measure_complexity(
 ) -> Complexity:
     """Count what the toolkit's mode ``'tensor'`` costs, which has no post-processing.
 
-    Args:
-        cfg (Config): See :func:`convmlp_mm.config_files.find_config`.
-        shape (tuple[int, int], optional): Pixels. Defaults to :func:`default_shape`.
-        name (str): What to call the model.
-
-    Raises:
-        ValueError: If the model cannot be built, or run without values at this shape.
+    ``shape`` has height and width in pixels, by default those of
+    :func:`default_shape`. What cannot be built, or run without values, is a ValueError.
     """
     usual = default_shape(cfg)
     shape = shape or usual
@@ -77,8 +72,8 @@ def measure_complexity(
     outputs = []
     flops = FlopCounterMode(display=False)
     # This one counts the outputs of the same operators in place of their work.
-    numels = dict.fromkeys(flop_registry, _numel)
-    numels = FlopCounterMode(display=False, custom_mapping=numels)
+    counts = dict.fromkeys(flop_registry, _numel)
+    numels = FlopCounterMode(display=False, custom_mapping=counts)
     try:
         model = build_model(cfg).to('meta')
         _give_boxes(model)
@@ -152,10 +147,13 @@ def _numel(*args: object, out_shape: Sequence = (), **kwargs: object) -> int:
 def _describe(model: nn.Module, outputs: list, shape: tuple[int, int]) -> tuple:
     """Return the strides and channels of the maps that a backbone has returned."""
     if not outputs and hasattr(model, 'model'):
-        # timm knows them by itself.
-        last = model.model.feature_info[-1]
-        return (last['reduction'],), (last['num_chs'],)
-    maps = [m for output in outputs for m in output if m.dim() == 4]
+        # timm says of most models what their classifiers see.
+        levels = getattr(model.model, 'feature_info', None) or []
+        levels = [level for level in levels if 'reduction' in level][-1:]
+        keys = ('reduction', 'num_chs')
+        return tuple(tuple(level[key] for level in levels) for key in keys)
+    maps = [m for output in outputs for m in output if isinstance(m, Tensor)]
+    maps = [m for m in maps if m.dim() == 4]
     sides = [max(zip(shape, m.shape[2:])) for m in maps]
     return tuple(_stride(*side) for side in sides), tuple(m.shape[1] for m in maps)
 

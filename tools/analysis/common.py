@@ -128,9 +128,7 @@ def prepare(
 ) -> tuple[np.ndarray, Tensor]:
     """Cut the centre of an image to the size that a model sees, and normalise it.
 
-    Returns:
-        tuple[ndarray, Tensor]: The image, (H, W, 3), red first, and the input of the
-        model, (1, 3, H, W).
+    Returns the image (H, W, 3), red first, and the input of the model (1, 3, H, W).
     """
     model = source.model
     backbone = getattr(model, 'backbone', None)

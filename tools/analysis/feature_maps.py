@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Draw the feature maps of several backbones for one image, stage by stage.
 
-A row for each model, a column for each stage, as in Sec. 4.7 and Figure 4 of the paper.
-docs/figures.md describes the figure.
+A row for each model, a column for each stage, as in Sec. 4.7 and Figure 4 of the paper:
+docs/figures.md.
 """
 
 import argparse
@@ -60,15 +60,7 @@ def as_map(output: object, size: tuple[int, int]) -> Tensor:
 def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
     """Compute what the stages of a backbone hand to each other.
 
-    Args:
-        model (BaseModel): Of any toolkit.
-        inputs (Tensor): One normalised image, (1, 3, H, W).
-
-    Returns:
-        dict[str, Tensor]: Maps (C, h, w) by the name of the stage.
-
-    Raises:
-        ValueError: If the backbone does not say what its stages are.
+    ``inputs`` is one normalised image (1, 3, H, W). The maps of a stage are (C, h, w).
     """
     backbone = getattr(model, 'backbone', None) or model.model
     stages = {}
@@ -90,10 +82,8 @@ def choose_channels(maps: Tensor, number: int) -> list[int]:
     return spread.argsort(descending=True, stable=True)[:number].tolist()
 
 
-def draw(
-    rows: list[tuple[common.StatedModel, np.ndarray, dict[str, Tensor]]], number: int
-) -> Figure:
-    """Draw statement, image (H, W, 3) and ``number`` maps of each stage of models."""
+def draw(rows: list[tuple], number: int) -> Figure:
+    """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
     columns = 2 + max(len(stages) for _, _, stages in rows)
     side = math.ceil(number**0.5)
     figure = Figure(figsize=(2.1 * columns, 2.4 * len(rows) + 0.4))
@@ -118,8 +108,8 @@ def draw(
             for axes, channel in zip(tiles.flat, choose_channels(maps, number)):
                 low, high = np.percentile(maps[channel], (1, 99))
                 axes.imshow(maps[channel], vmin=low, vmax=high)
-                style = dict(fontsize=6, color='white', va='top')
-                style['bbox'] = dict(facecolor='black', alpha=0.55, lw=0, pad=1)
+                box = dict(facecolor='black', alpha=0.55, lw=0, pad=1)
+                style = dict(fontsize=6, color='white', va='top', bbox=box)
                 axes.text(0.03, 0.97, channel, transform=axes.transAxes, **style)
     return figure
 

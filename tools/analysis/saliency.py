@@ -2,8 +2,8 @@
 """Draw what decides the predictions of several classifiers, image by image.
 
 A column for each image with its ground truth above, a row for each classifier with its
-predictions below the maps, as in Appendix A and Figure 5 of the paper. docs/figures.md
-describes the figure.
+predictions below the maps, as in Appendix A and Figure 5 of the paper:
+docs/figures.md.
 """
 
 import argparse
@@ -37,13 +37,8 @@ class Saliency(NamedTuple):
 def compute_saliency(model: BaseModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradient of the predicted class's score (Simonyan et al., 2014).
 
-    Args:
-        model (BaseModel): Classifier of mmpretrain or timm.
-        inputs (Tensor): One normalised image, (1, 3, H, W).
-
-    Returns:
-        tuple[Tensor, Tensor]: Largest magnitude over the colours (H, W), and the scores
-        before the softmax (classes,).
+    Returns its largest magnitude over the colours (H, W), and the scores before the
+    softmax (classes,). ``inputs`` is one normalised image (1, 3, H, W).
     """
     x = inputs.clone().requires_grad_()
     scores = model(x, mode='tensor')[0]
@@ -105,9 +100,8 @@ def draw(
             axes.imshow(found.values, cmap='magma', vmin=0, vmax=top)
             if not found.values.any():
                 # A head that starts from zeros has no gradient.
-                style = dict(fontsize=8, color='white', ha='center')
-                place = dict(transform=axes.transAxes)
-                axes.text(0.5, 0.5, 'zero everywhere', **style, **place)
+                style = dict(color='white', ha='center', transform=axes.transAxes)
+                axes.text(0.5, 0.5, 'zero everywhere', fontsize=8, **style)
             right = truth is not None and found.label.lower() == truth.lower()
             colour = UNKNOWN if truth is None else RIGHT if right else WRONG
             text = f'{found.label} {found.score:.2f}'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from common import load_model, prepare, read_image, state
-from feature_maps import choose_channels, extract_stages
+from feature_maps import as_map, choose_channels, extract_stages
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -17,6 +17,7 @@ from saliency import compute_saliency
 from convmlp_mm.config_files import find_config
 
 RETINANET = 'retinanet_convmlp_s'
+SWIN = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k'
 CIFAR = 'transfer/convmlp_s_cifar10'
 MIXER = 'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k'
 
@@ -76,6 +77,14 @@ def test_model_of_one_size_keeps_it_and_its_tokens_become_maps(image):
     # The norm after the last block works on each token by itself.
     maps = source.model.backbone.norm1(stages['layers.11'].permute(1, 2, 0))
     torch.testing.assert_close(maps[1, 3], tokens[:, 17])
+
+
+@pytest.mark.parametrize('extra', [0, 1])
+@pytest.mark.parametrize('grid, size', [((7, 4), (100, 60)), ((14, 28), (224, 448))])
+def test_tokens_return_to_their_grid_without_a_class_token(grid, size, extra):
+    maps = torch.arange(3.0 * grid[0] * grid[1]).view(3, *grid)
+    tokens = torch.cat([torch.full((extra, 3), -1.0), maps.flatten(1).T])
+    assert torch.equal(as_map((tokens[None], grid), size), maps)
 
 
 def test_statement_tells_random_from_loaded_weights(weights):
@@ -160,6 +169,7 @@ def test_feature_maps_of_the_command_line(tool, image, tmp_path):
         (['--models', CIFAR, '--labels', 'a', 'b'], '--labels must be one for each'),
         (['--models', 'convmlp_s_imagenet', '--labels', 'hub'], "has no class 'hub'"),
         (['--models', 'retinanet_convmlp_s'], 'is no classifier'),
+        (['--models', SWIN, '--size', '64', '96'], 'cannot be run at this size'),
         (['--models', CIFAR, '--out', 'no/x.png'], "folder 'no' does not exist"),
         (['--models', CIFAR, '--out', 'x.jpg'], '--out must end with .png'),
     ],

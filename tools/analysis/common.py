@@ -1,9 +1,11 @@
 """What the figures of maps share: stated models, images, files."""
 
 import argparse
+import contextlib
 import io
 import json
 import os.path as osp
+from collections.abc import Iterator
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -140,6 +142,17 @@ def prepare(
     seen = np.array(ImageOps.fit(Image.fromarray(image), (size[1], size[0])))
     planes = torch.from_numpy(seen).permute(2, 0, 1)
     return seen[..., ::-1], model.data_preprocessor(dict(inputs=[planes]))['inputs']
+
+
+@contextlib.contextmanager
+def running(source: StatedModel) -> Iterator[None]:
+    """Turn what a model raises at a size that it does not take into one sentence."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f'{source.name} cannot be run at this size: {error}'
+        ) from error
 
 
 def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:

@@ -51,8 +51,8 @@ def as_map(output: object, size: tuple[int, int]) -> Tensor:
         output = output[0]
     if output.dim() == 4:
         return output[0]
-    height = math.isqrt(output.shape[1] * size[0] // size[1])
-    width = round(height * size[1] / size[0])
+    height = round((output.shape[1] * size[0] / size[1]) ** 0.5)
+    width = output.shape[1] // height
     # A class token stands before the others.
     return output[0, -height * width :].T.unflatten(1, (height, width))
 
@@ -78,7 +78,7 @@ def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
 
 def choose_channels(maps: Tensor, number: int) -> list[int]:
     """Choose the channels with the largest standard deviation, largest first."""
-    spread = maps.flatten(1).std(1)
+    spread = maps.flatten(1).std(1, correction=0)
     return spread.argsort(descending=True, stable=True)[:number].tolist()
 
 
@@ -86,22 +86,24 @@ def draw(rows: list[tuple], number: int) -> Figure:
     """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
     columns = 2 + max(len(stages) for _, _, stages in rows)
     side = math.ceil(number**0.5)
-    figure = Figure(figsize=(2.1 * columns, 2.4 * len(rows) + 0.4))
-    body, foot = figure.subfigures(2, 1, height_ratios=(2.4 * len(rows), 0.4))
+    # In inches: two lines of title above maps of the image's proportions.
+    heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
+    figure = Figure(figsize=(2.1 * columns, sum(heights) + 0.4))
+    body, foot = figure.subfigures(2, 1, height_ratios=(sum(heights), 0.4))
     foot.text(0.01, 0.3, RULE.format(number), fontsize=8)
-    space = dict(left=0.02, right=0.98, bottom=0.01, top=0.86, wspace=0.02, hspace=0.02)
-    grid = body.subfigures(len(rows), columns, squeeze=False)
-    for row, (source, image, stages) in zip(grid, rows):
+    grid = body.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
+    for row, height, (source, image, stages) in zip(grid, heights, rows):
+        space = dict(left=0.02, right=0.98, bottom=0.01, wspace=0.02, hspace=0.02)
+        space['top'] = 1 - 0.34 / height
         common.state(row[0].subplots(gridspec_kw=space), source, image)
         axes = row[1].subplots(gridspec_kw=space)
         axes.imshow(image)
         axes.set_axis_off()
         axes.set_title('input', fontsize=8)
         for cell, (name, maps) in zip(row[2:], stages.items()):
-            channels, height, width = maps.shape
-            stride = round(image.shape[0] / height)
-            text = f'{name}\n{channels} maps of {height} x {width}, stride {stride}'
-            cell.suptitle(text, fontsize=8, y=0.98)
+            stride = round(image.shape[0] / maps.shape[1])
+            text = '{} maps of {} x {}, stride {}'.format(*maps.shape, stride)
+            cell.suptitle(f'{name}\n{text}', fontsize=8, y=1 - 0.05 / height)
             tiles = cell.subplots(side, side, squeeze=False, gridspec_kw=space)
             for axes in tiles.flat:
                 axes.set_axis_off()
@@ -128,7 +130,9 @@ def main() -> None:
         rows = []
         for source in sources:
             seen, inputs = common.prepare(source, image, args.size)
-            rows.append((source, seen, extract_stages(source.model, inputs)))
+            with common.running(source):
+                stages = extract_stages(source.model, inputs)
+            rows.append((source, seen, stages))
     common.save_figure(args, draw(rows, args.channels), sources)
 
 

@@ -72,7 +72,8 @@ def explain(
 ) -> Saliency:
     """Compute the saliency of one image (H, W, 3), and what is predicted."""
     seen, inputs = common.prepare(source, image, size)
-    values, scores = compute_saliency(source.model, inputs)
+    with common.running(source):
+        values, scores = compute_saliency(source.model, inputs)
     label = int(scores.argmax())
     name = dict(enumerate(class_names(source))).get(label, f'class {label}')
     return Saliency(seen, values, name, float(scores.softmax(0)[label]))

@@ -25,9 +25,6 @@ PYTHON_REQUIRES = '>=3.10,<3.13'
 REQUIREMENTS = [
     'torch>=2.2',
     'numpy',
-    # Tells mmpretrain of the classifiers when it is imported, which an import of
-    # this package must not do.
-    'wrapt>=1.15,<3',
 ]
 
 # The toolkits are extras, since there are two stacks whose distributions put files

@@ -1,15 +1,10 @@
 # ConvMLP-S on ImageNet-1k (paper Sec. 4.1, Table 3): 8 GPUs x 128 images, 300 epochs;
 # what is not here is mmpretrain's own DeiT recipe, as the paper says. (The authors'
 # script goes on for 10 more epochs at the lowest learning rate.)
-_base_ = [
-    'mmpretrain::deit/deit-tiny_4xb256_in1k.py',
-    './_base_/default_runtime.py',
-]
+_base_ = './_base_/imagenet.py'
 
-num_classes = 1000
 data_root = 'data/imagenet/'
 
-data_preprocessor = dict(num_classes=num_classes)
 model = dict(
     backbone=dict(
         _delete_=True, type='ConvMLP', arch='s', out_indices=(3,), final_norm=True
@@ -19,7 +14,7 @@ model = dict(
         _delete_=True,
         type='LinearClsHead',
         in_channels=512,
-        num_classes=num_classes,
+        num_classes=_base_.num_classes,
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
     ),
 )
@@ -36,13 +31,9 @@ test_pipeline = [
     dict(type='CenterCrop', crop_size=224),
     dict(type='PackInputs'),
 ]
-# mmpretrain's train script adds these three; other runners do not.
-loader = dict(
-    collate_fn=dict(type='default_collate'), persistent_workers=True, pin_memory=True
-)
-train_dataloader = dict(batch_size=128, dataset=dict(data_root=data_root), **loader)
+train_dataloader = dict(batch_size=128, dataset=dict(data_root=data_root))
 val_dataloader = dict(
-    batch_size=128, dataset=dict(data_root=data_root, pipeline=test_pipeline), **loader
+    batch_size=128, dataset=dict(data_root=data_root, pipeline=test_pipeline)
 )
 test_dataloader = val_dataloader
 
@@ -59,10 +50,8 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=5),
 ]
 custom_hooks = [
-    *_base_.custom_hooks,
+    *_base_.runtime_hooks,
     # Decay 0.99996, of the BN statistics too, as in timm.
     dict(type='EMAHook', momentum=4e-5, update_buffers=True, priority='ABOVE_NORMAL'),
 ]
 randomness = dict(seed=42)
-# Kills and full disks leave whole checkpoints.
-default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

@@ -1,11 +1,6 @@
 # RetinaNet with ConvMLP-S on COCO (paper Sec. 4.5, Table 5): 8 GPUs x 2 images,
 # 12 epochs; what is not here is mmdet's own RetinaNet recipe.
-_base_ = [
-    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-    './_base_/default_runtime.py',
-]
-
-num_classes = 80
+_base_ = './_base_/retinanet.py'
 
 model = dict(
     backbone=dict(
@@ -18,12 +13,9 @@ model = dict(
         ),
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
-    bbox_head=dict(num_classes=num_classes),
 )
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4)
 )
 randomness = dict(seed=42)
-# Kills and full disks leave whole checkpoints.
-default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

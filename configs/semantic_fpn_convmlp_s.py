@@ -1,9 +1,6 @@
 # Semantic FPN with ConvMLP-S on ADE20K (paper Sec. 4.6, Table 7): 8 GPUs x 2 images,
 # 40 000 iterations. (The authors' released file has 4 images on each GPU.)
-_base_ = [
-    './_base_/semantic_fpn_ade20k.py',
-    './_base_/default_runtime.py',
-]
+_base_ = './_base_/semantic_fpn.py'
 
 model = dict(
     backbone=dict(

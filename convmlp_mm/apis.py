@@ -229,7 +229,7 @@ def switch_to_deploy(model: nn.Module) -> None:
     convolutions that several norms share. Others stay, since only their order in
     ``forward`` tells what they follow. Outputs stay, to rounding. Necks and heads that
     compute the same from channels-last maps of a :class:`ConvMLP` get them (see
-    :func:`convmlp_mm.engine.model_hooks.use_channels_last`).
+    :func:`convmlp_mm.hooks.model.use_channels_last`).
 
     Args:
         model (nn.Module): A model, for inference only; changed in place and put
@@ -242,7 +242,7 @@ def switch_to_deploy(model: nn.Module) -> None:
     from torch.nn import Conv2d
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    from .engine.model_hooks import use_channels_last
+    from .hooks.model import use_channels_last
 
     model.eval()
     modules = list(model.modules())

@@ -31,8 +31,6 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from .zoo import ROOT
-
 __all__ = [
     'CheckpointError',
     'check_content',
@@ -42,7 +40,8 @@ __all__ = [
     'read_checkpoint',
 ]
 
-# The variable that names a folder with the authors' files.
+# Where the authors publish, and the variable that names a folder with their files.
+ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
 MIRROR = 'CONVMLP_WEIGHTS'
 # Seconds that a server may take to answer, and between two parts of a file.
 TIMEOUT = 60

@@ -393,8 +393,7 @@ class FeaturePoint(NamedTuple):
     stride: int
 
 
-# In place of what stood for it until now.
-@MODELS.register_module(force=True)
+@MODELS.register_module()
 class ConvMLP(BaseModule):
     """ConvMLP backbone for classification, detection and segmentation.
 

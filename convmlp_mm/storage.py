@@ -72,9 +72,8 @@ register_backend('atomic_local', AtomicLocalBackend, force=True)
 def atomic_local_files() -> Iterator[None]:
     """Let mmengine write local files through :class:`AtomicLocalBackend`.
 
-    ``backend_args`` would reach ``Runner.save_checkpoint`` only: the one of
-    FlexibleRunner and what publishes a checkpoint ignore them. Other backends
-    stay what they are.
+    ``backend_args`` would reach ``Runner.save_checkpoint`` only: what publishes a
+    checkpoint ignores them. Other backends stay what they are.
     """
     register_backend('local', AtomicLocalBackend, force=True, prefixes='')
     try:

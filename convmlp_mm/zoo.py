@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import sys
 from pathlib import Path
 
-import wrapt
-from mmengine.config import Config, utils
 from mmengine.fileio import load
+from mmengine.runner import CheckpointLoader
+
+from .checkpoint_io import ROOT, read_checkpoint
+from .layouts import name_as_model
 
 __all__ = [
     'carried_folder',
     'config_path',
     'list_models',
-    'open_scope',
     'published_weights',
+    'register_classifiers',
 ]
 
 SCOPE = __package__
-# Where the authors publish.
-ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
 CLASSIFICATION = 'configs/metafile_classification.yml'
 
 
@@ -120,52 +119,23 @@ def published_weights(name: str) -> str:
     return weights
 
 
-def open_scope() -> None:
-    """Let mmengine and mmpretrain find this package's configurations by name.
+def register_classifiers() -> None:
+    """Add the classifiers to the hub of mmpretrain.
 
-    After it, in the same process, ``_base_ = 'convmlp_mm::NAME.py'``,
-    ``mmengine.hub.get_config('convmlp_mm::NAME.py')``,
-    ``mmpretrain.list_models()`` and ``mmpretrain.get_model()`` know them, and
-    mmengine reads the authors' weights from their URLs.
-    Importing the package calls it; calling it again changes nothing.
+    After it, ``mmpretrain.list_models()``, ``mmpretrain.get_model()`` and the
+    inferencers of mmpretrain know them by name. Calling it again changes nothing.
 
-    mmengine has a closed list of packages (its issue 1410), asks for a folder
-    before the name, and marks what comes from a package with a scope to build
-    it in, which would be wrong here: each of our configurations belongs to the
-    toolkit that its ``default_scope`` names. So two functions of mmengine are
-    wrapped; other names pass through them unchanged.
+    Raises:
+        ImportError: If mmpretrain is not installed.
     """
-    if SCOPE in utils.MODULE2PACKAGE:
-        return
-    # A module inside of the package, not its distribution: mmengine 0.10.7
-    # does not find the files of an editable install by the latter.
-    utils.MODULE2PACKAGE[SCOPE] = f'{SCOPE}.zoo'
-    prefix = f'{SCOPE}::'
-    get_cfg_path = Config._get_cfg_path
-    get_package_and_cfg_path = utils._get_package_and_cfg_path
+    from mmpretrain.apis.model import ModelHub
 
-    @functools.wraps(get_cfg_path)
-    def for_base(cfg_path: str, filename: str) -> tuple[str, str | None]:
-        if cfg_path.startswith(prefix):
-            return config_path(cfg_path.removeprefix(prefix)), None
-        return get_cfg_path(cfg_path, filename)
-
-    @functools.wraps(get_package_and_cfg_path)
-    def for_hub(cfg_path: str) -> tuple[str, str]:
-        if cfg_path.startswith(prefix):
-            return utils.MODULE2PACKAGE[SCOPE], cfg_path.removeprefix(prefix)
-        return get_package_and_cfg_path(cfg_path)
-
-    Config._get_cfg_path = staticmethod(for_base)
-    # The hub has a name of its own for it, taken when it is imported.
-    for module in (utils, sys.modules.get('mmengine.hub.hub')):
-        if module is not None:
-            module._get_package_and_cfg_path = for_hub
-    # Now, or whenever somebody imports them.
-    wrapt.when_imported('mmengine.runner.checkpoint')(_register_root)
-    wrapt.when_imported('mmpretrain.apis.model')(_register_classifiers)
+    folder = carried_folder()
+    if not ModelHub.has('convmlp_s_imagenet'):
+        ModelHub.register_model_index(folder / CLASSIFICATION, config_prefix=folder)
 
 
+@CheckpointLoader.register_scheme(ROOT)
 def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
     """Read the authors' files for mmengine and mmpretrain, safely.
 
@@ -176,20 +146,6 @@ def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
     Returns:
         dict: ``state_dict`` with the names that the toolkits use.
     """
-    from .checkpoint_io import read_checkpoint
-    from .layouts import name_as_model
-
     checkpoint = read_checkpoint(filename, map_location or 'cpu')
     meta = checkpoint.get('meta', {})
     return dict(state_dict=name_as_model(checkpoint), meta=meta)
-
-
-def _register_root(module: object) -> None:
-    """Let mmengine read the authors' files."""
-    module.CheckpointLoader.register_scheme(ROOT, load_from_convmlp_zoo)
-
-
-def _register_classifiers(module: object) -> None:
-    """Add the classifiers to the hub of mmpretrain."""
-    mim = carried_folder()
-    module.ModelHub.register_model_index(mim / CLASSIFICATION, config_prefix=mim)

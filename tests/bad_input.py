@@ -312,11 +312,9 @@ CHECKPOINTS = [
          'load_from=http://127.0.0.1:9/weights.pth'),
     case('no checkpoint to resume', DET, ["'no.pth' does not exist"],
          arguments=lambda paths: ['--resume', 'no.pth']),
-    case('folder to resume from', DET, ["images' is a folder", 'DeepSpeed'],
+    case('folder to resume from', DET, ["images' is a folder"],
          arguments=lambda paths: ['--resume', paths.data / 'images']),
-    case('checkpoint file for DeepSpeed', DET,
-         ["load_from must be a folder that DeepSpeed has saved, but is 'a.pth'"],
-         'strategy.type=DeepSpeedStrategy', 'load_from=a.pth'),
+    case('strategy', DET, ['strategy is', 'DDP only'], 'strategy.type=DDPStrategy'),
     case('predictions in another format', DET, ['--out must end with .pkl', 'a.json'],
          tool=TEST, spoil=checkpoint({}),
          arguments=lambda paths: ['--out', 'a.json']),
@@ -390,7 +388,7 @@ def another_run():
         '\nprint(flush=True); input()'
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('convmlp_mm.engine.work_dir.PATIENCE', 0)
+        patch.setattr('convmlp_mm.hooks.work_dir.PATIENCE', 0)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         with subprocess.Popen([sys.executable, '-c', code], **pipes) as process:
             process.stdout.readline()

@@ -15,8 +15,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from convmlp_mm.cli.tables import format_table
 from convmlp_mm.config_files import find_config
+from convmlp_mm.launch.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = paper_tables.load(paper_tables.PAPER)

@@ -116,6 +116,7 @@ def permissions():
     assert libc.capset(header, ctypes.byref(held)) == 0
 
 
+ELASTIC = 'convmlp_mm.launch.elastic'
 WEIGHTS = 'load_from=http://127.0.0.1:9/weights.pth'
 
 
@@ -181,11 +182,21 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
         (['publish_model.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
         (['benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
         (
-            ['convmlp_mm.elastic', '--rdzv_endpoint', f'127.0.0.1:{BUSY}', 'train.py'],
+            [
+                ELASTIC,
+                '--rdzv_endpoint',
+                f'127.0.0.1:{BUSY}',
+                'train.py',
+            ],
             [f'error: port {BUSY} of this machine cannot be used', 'set PORT'],
         ),
         (
-            ['convmlp_mm.elastic', '--rdzv_endpoint', '127.0.0.1:70000', 'train.py'],
+            [
+                ELASTIC,
+                '--rdzv_endpoint',
+                '127.0.0.1:70000',
+                'train.py',
+            ],
             ['error: ', '70000'],
         ),
     ],

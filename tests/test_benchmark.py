@@ -451,7 +451,7 @@ def test_number_of_processes_follows_from_the_times():
 
 def test_loading_is_timed_by_processes_and_by_steps(tmp_path, capsys):
     made = tmp_path / 'shapes'
-    script = ROOT / 'tools' / 'make_shapes_dataset.py'
+    script = ROOT / 'tools' / 'data' / 'make_shapes_dataset.py'
     command = [sys.executable, script, made, '--train', '9', '--val', '2']
     subprocess.run([*command, '--size', '96'], check=True, capture_output=True)
     tool.main(

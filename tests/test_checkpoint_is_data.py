@@ -18,13 +18,12 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
-from mmengine.runner._flexible_runner import FlexibleRunner
 from test_weights import TINY, build, detector
 from toy import LENGTH, write_config
 
 from convmlp_mm import ConvMLP, checkpoint_io
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.engine import find_latest_checkpoint, latest
+from convmlp_mm.hooks import find_latest_checkpoint, latest
 from convmlp_mm.weights import fit_checkpoint
 
 # Files
@@ -432,7 +431,7 @@ def test_expanded_tensor_is_published_without_its_copies(tmp_path, tool):
 # Runs
 
 
-def build_run(folder, flexible=False, resume=True, load_from=None, **changes):
+def build_run(folder, resume=True, load_from=None, **changes):
     """A run of the toy with all hooks that have to do with checkpoints."""
     folder.mkdir(exist_ok=True, parents=True)
     hook = dict(type='SafeCheckpointHook', interval=1) | changes.pop('checkpoint', {})
@@ -448,7 +447,7 @@ def build_run(folder, flexible=False, resume=True, load_from=None, **changes):
     cfg = Config.fromfile(path)
     cfg.work_dir, cfg.resume, cfg.load_from = str(folder / 'work'), resume, load_from
     cfg.experiment_name, cfg.env_cfg = f'run{os.urandom(8).hex()}', dict()
-    return (FlexibleRunner if flexible else Runner).from_cfg(cfg)
+    return Runner.from_cfg(cfg)
 
 
 def run(folder, **options):
@@ -471,14 +470,13 @@ def info(content):
     return content['message_hub']['runtime_info']
 
 
-@pytest.mark.parametrize('flexible', [False, True])
 @pytest.mark.parametrize('named', [False, True])
-def test_configuration_in_a_checkpoint_is_not_executed(tmp_path, flexible, named):
-    run(tmp_path, epochs=1, flexible=flexible)
+def test_configuration_in_a_checkpoint_is_not_executed(tmp_path, named):
+    run(tmp_path, epochs=1)
     path, canary = tmp_path / 'work' / 'epoch_1.pth', tmp_path / 'canary'
     text = f'__import__("os").mkdir({str(canary)!r})'
     change(path, lambda c: c['meta'].update(config=text))
-    runner = run(tmp_path, flexible=flexible, load_from=str(path) if named else None)
+    runner = run(tmp_path, load_from=str(path) if named else None)
     assert not canary.exists()
     assert runner.iter == 2 * LENGTH
 

@@ -17,14 +17,13 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.runner._flexible_runner import FlexibleRunner
 from tiny import full_disk
 from torch.utils.data import Dataset
 
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.cli import closing_group
-from convmlp_mm.engine import SafeCheckpointHook, find_latest_checkpoint
 from convmlp_mm.files import remove_leftovers
+from convmlp_mm.hooks import SafeCheckpointHook, find_latest_checkpoint
+from convmlp_mm.launch import closing_group
 from convmlp_mm.storage import AtomicLocalBackend, atomic_local_files
 
 # In bytes: the toy's checkpoint is larger than this, and its logs are smaller.
@@ -347,16 +346,6 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     assert state['last_ckpt'].endswith('epoch_2.pth')
 
 
-def test_flexible_runner_saves_whole_files_too(tmp_path):
-    disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT)), 3: disk.close})
-    options = dict(runner_type=FlexibleRunner, max_keep_ckpts=2)
-    with disk:
-        runner = train(tmp_path, 3, calls=calls, **options)
-    assert len(lines(runner)) == 1
-    assert saved(tmp_path) == ['epoch_1.pth', 'epoch_3.pth', 'last_checkpoint']
-
-
 def test_last_checkpoint_is_tried_again_at_the_end(tmp_path):
     disk = contextlib.ExitStack()
     calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT))})
@@ -547,8 +536,7 @@ def test_folder_without_a_checkpoint_has_none(tmp_path):
 @pytest.mark.parametrize('note', [None, b'\xff'])
 def test_folder_without_a_whole_checkpoint_is_not_started_anew(tmp_path, note):
     train(tmp_path, 1, save_optimizer=False)
-    # As DeepSpeed saves.
-    (tmp_path / 'other.pth').mkdir()
+    (tmp_path / 'other.pth').write_bytes(b'')
     if note:
         (tmp_path / 'last_checkpoint').write_bytes(note)
     with pytest.raises(ValueError, match='epoch_1.pth.* and 1 more.* write over them'):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -20,7 +19,10 @@ from mmpretrain.models import ImageClassifier
 from torch.utils.data import DataLoader, Dataset
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.cli import (
+from convmlp_mm.config_checks import name_types
+from convmlp_mm.config_files import find_config
+from convmlp_mm.data_checks import check_annotations
+from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,
     check_data,
@@ -30,9 +32,6 @@ from convmlp_mm.cli import (
     load_config,
     one_line_errors,
 )
-from convmlp_mm.config_checks import name_types
-from convmlp_mm.config_files import find_config
-from convmlp_mm.data_checks import check_annotations
 
 
 @pytest.fixture
@@ -189,7 +188,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_recipe_for_accelerators_is_fitted_to_the_cpu_only(
     tmp_path, monkeypatch, capsys, device
 ):
-    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: device)
+    monkeypatch.setattr('convmlp_mm.launch.runner.get_device', lambda: device)
     cfg = Config(
         dict(
             model=dict(type='ConvMLP', arch='s', out_indices=(0,)),
@@ -226,7 +225,7 @@ def tiny_cfg(tmp_path, **changes):
 
 
 def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cpu')
+    monkeypatch.setattr('convmlp_mm.launch.runner.get_device', lambda: 'cpu')
     cfg = tiny_cfg(tmp_path)
     optimizer = cfg.optim_wrapper.optimizer
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
@@ -234,30 +233,13 @@ def test_bfloat16_is_kept_on_the_cpu(tmp_path, monkeypatch):
     assert cfg.optim_wrapper == dict(type='BFloat16OptimWrapper', optimizer=optimizer)
 
 
-def test_strategy_is_the_only_option_of_fsdp_and_needs_processes(tmp_path, monkeypatch):
-    built = []
-    runner = SimpleNamespace(hooks=[], register_hook=lambda hook: None)
-    build = lambda cfg: built.append(cfg) or runner  # noqa: E731
-    monkeypatch.setattr('convmlp_mm.cli.runner.RUNNERS.build', build)
-    monkeypatch.setattr('convmlp_mm.cli.runner._prepare_gloo', lambda cfg: None)
-    strategy = dict(type='FullStateFSDPStrategy')
-    build_runner(tiny_cfg(tmp_path, strategy=strategy, launcher='pytorch'))
-    (cfg,) = built
-    assert cfg.runner_type == 'FlexibleRunner' and cfg.strategy == strategy
-
-    runner = build_runner(
-        tiny_cfg(tmp_path, strategy=strategy, runner_type='FlexibleRunner')
-    )
-    assert type(runner).__name__ == 'Runner'
-
-
 def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypatch):
     init = Mock()
-    monkeypatch.setattr('convmlp_mm.cli.runner.init_dist', init)
+    monkeypatch.setattr('convmlp_mm.launch.runner.init_dist', init)
     monkeypatch.setattr(
-        'convmlp_mm.cli.runner.RUNNERS.build', Mock(return_value=Mock(hooks=[]))
+        'convmlp_mm.launch.runner.RUNNERS.build', Mock(return_value=Mock(hooks=[]))
     )
-    monkeypatch.setattr('convmlp_mm.cli.runner.get_device', lambda: 'cuda')
+    monkeypatch.setattr('convmlp_mm.launch.runner.get_device', lambda: 'cuda')
     for name, value in dict(CONVMLP_MM_STORE='/x/0', RANK='1', WORLD_SIZE='2').items():
         monkeypatch.setenv(name, value)
     env_cfg = dict(dist_cfg=dict(backend='nccl', timeout=9))
@@ -268,13 +250,12 @@ def test_processes_of_one_machine_meet_in_a_file_on_gpus_too(tmp_path, monkeypat
     init.assert_called_once_with('pytorch', backend='nccl', timeout=9, **options)
 
 
-def test_strategy_with_moving_average_is_refused(config_file):
-    options = {
-        'strategy.type': 'FullStateFSDPStrategy',
-        'custom_hooks': [dict(type='EMAHook')],
-    }
-    with pytest.raises(ValueError, match='strategy does not go with EMAHook'):
-        load_config(args(config_file, cfg_options=options))
+@pytest.mark.parametrize(
+    'option', [{'strategy.type': 'FSDPStrategy'}, {'runner_type': 'FlexibleRunner'}]
+)
+def test_other_ways_to_share_a_model_are_refused(config_file, option):
+    with pytest.raises(ValueError, match='the tools train with DDP only'):
+        load_config(args(config_file, cfg_options=option))
 
 
 def test_num_classes_option_reaches_every_head(tmp_path):
@@ -303,7 +284,7 @@ def test_num_classes_option_reaches_every_head(tmp_path):
 def test_memory_that_was_freed_is_kept_unless_the_user_has_set_malloc(variables, kept):
     code = """
 import resource
-from convmlp_mm.launch import keep_memory
+from convmlp_mm.launch.process import keep_memory
 print(keep_memory())
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -528,6 +528,15 @@ def test_baselines_keep_the_recipe_of_their_toolkit():
         assert f'resnet{depth}' in cfg.model.backbone.init_cfg.checkpoint
 
 
+def test_hooks_of_the_runtime_stand_in_one_file():
+    cfg = Config.fromfile(str(CONFIGS / '_base_' / 'default_runtime.py'))
+    hooks = [*cfg.runtime_hooks, *cfg.runtime_default_hooks.values()]
+    for path in CONFIGS.rglob('*.py'):
+        if path.name != 'default_runtime.py':
+            text = path.read_text()
+            assert not [hook.type for hook in hooks if hook.type in text], path
+
+
 @pytest.mark.parametrize('name', [n for n in CONVMLP if size_of(n) in 'ml'])
 def test_leaf_holds_only_what_differs(name):
     text = (CONFIGS / f'{name}.py').read_text()

@@ -24,13 +24,12 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
-from mmengine.utils import digit_version
 from torch import multiprocessing, nn
 from torch.utils.data import Dataset
 from toy import free_port
 
-from convmlp_mm import ConvMLP, SyncStatisticsHook
-from convmlp_mm.cli import build_runner, closing_group
+from convmlp_mm import SyncStatisticsHook
+from convmlp_mm.launch import build_runner, closing_group
 
 # They share what has been trained.
 pytestmark = pytest.mark.xdist_group('equality')
@@ -38,8 +37,6 @@ CONFIGS = Path(__file__).parents[1] / 'configs'
 SIZE = 64
 STEPS = 10
 CLASSES = ('circle', 'square', 'star')
-# FSDP of torch 2.2 asks for a GPU when it saves the state of the optimizer.
-SHARDS = digit_version(torch.__version__) >= digit_version('2.3')
 # By configuration.
 METRICS = {
     'retinanet_convmlp_s': 'coco/bbox_mAP',
@@ -315,74 +312,6 @@ def average(work_dir, hooks):
     )
 
 
-@MODELS.register_module()
-class Averages(BaseModel):
-    """The smallest thing with this backbone and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = ConvMLP(
-            dict(
-                tokenizer_channels=8,
-                conv_blocks=1,
-                channels=(8, 16, 16),
-                depths=(1, 1, 1),
-                mlp_ratios=(1, 1, 1),
-            ),
-            out_indices=(3,),
-            drop_path_rate=0.0,
-        )
-        self.head = nn.Conv2d(16, 2, 3)
-
-    def forward(self, inputs, mode='loss'):
-        return dict(loss=self.head(self.backbone(inputs)[0]).square().mean())
-
-
-def shard(work_dir, weights, strategy=None, end=4, resume=False):
-    """Train four steps by DDP or a strategy; return the last checkpoint."""
-    cfg = Config(
-        dict(
-            model=dict(type='Averages'),
-            work_dir=str(work_dir),
-            train_dataloader=dict(
-                dataset=dict(type='Images'),
-                batch_size=1,
-                collate_fn=dict(type='default_collate'),
-                sampler=dict(type='DefaultSampler', shuffle=False),
-            ),
-            train_cfg=dict(by_epoch=True, max_epochs=end // 2),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
-            default_hooks=dict(checkpoint=dict(type='CheckpointHook')),
-            custom_hooks=[dict(type='CheckWeightsHook'), dict(type='ChannelsLastHook')],
-            load_from=None if resume else str(weights),
-            resume=resume,
-            env_cfg=dict(dist_cfg=dict(backend='gloo')),
-            launcher='pytorch',
-            log_level='ERROR',
-            experiment_name=f'{work_dir.name}_{end}',
-        )
-    )
-    if strategy:
-        cfg.strategy = dict(type=strategy)
-    build_runner(cfg).train()
-    dist.barrier()
-    return torch.load(work_dir / f'epoch_{end // 2}.pth', weights_only=False)
-
-
-def shards(work_dir):
-    """By DDP, by FSDP, and by FSDP with a stop in the middle."""
-    weights = work_dir / 'weights.pth'
-    if dist.get_rank() == 0:
-        torch.save(Averages().state_dict(), weights)
-    dist.barrier()
-    fsdp = 'FullStateFSDPStrategy'
-    results = dict(ddp=shard(work_dir / 'ddp', weights))
-    results['fsdp'] = shard(work_dir / 'fsdp', weights, fsdp)
-    shard(work_dir / 'again', weights, fsdp, end=2)
-    results['again'] = shard(work_dir / 'again', weights, fsdp, resume=True)
-    return results
-
-
 def run_cases(root, work_dir):
     """Run everything in this process, which may be one of two."""
     distributed = dist.is_initialized()
@@ -408,8 +337,6 @@ def run_cases(root, work_dir):
         # With and without what the configurations list.
         for name, hooks in (('shared', [SyncStatisticsHook()]), ('own', [])):
             results[name] = average(work_dir / name, hooks)
-        if SHARDS:
-            results['shards'] = shards(work_dir)
     return results
 
 
@@ -492,18 +419,3 @@ def test_saved_statistics_are_those_of_all_processes(results):
             assert 'running' not in key or not torch.allclose(*own, rtol=1e-2)
             mean = torch.stack(own).double().mean(0).to(value.dtype)
             torch.testing.assert_close(value, mean)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not SHARDS, reason='FSDP of this torch does not save on a CPU')
-@pytest.mark.parametrize('kind', ['fsdp', 'again'])
-def test_fsdp_is_ddp_and_resumes_exactly(results, kind):
-    ddp, sharded = (results[0]['shards'][name] for name in ('ddp', kind))
-    for key, value in ddp['state_dict'].items():
-        assert torch.equal(sharded['state_dict'][key], value), key
-    (group,) = sharded['optimizer']['param_groups']
-    assert len(group['params']) == len(ddp['optimizer']['state'])
-    for i, name in enumerate(group['params']):
-        for key, value in ddp['optimizer']['state'][i].items():
-            state = sharded['optimizer']['state'][name][key]
-            assert torch.equal(state, value), (name, key)

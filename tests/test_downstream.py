@@ -86,7 +86,7 @@ def project(tmp_path_factory):
             (folder / name).write_text(text)
     data = folder / 'data' / 'shapes'
     options = ['--train', 16, '--val', 6, '--size', 96]
-    tool = ROOT / 'tools' / 'make_shapes_dataset.py'
+    tool = ROOT / 'tools' / 'data' / 'make_shapes_dataset.py'
     run(sys.executable, tool, data, *options, cwd=folder)
     site = folder / 'site'
     pip = [sys.executable, '-m', 'pip', '--quiet']

@@ -25,7 +25,7 @@ from convmlp_mm import (
     SummaryHook,
 )
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.engine.random_state import get_random_state, set_random_state
+from convmlp_mm.hooks.random_state import get_random_state, set_random_state
 
 TINY = dict(
     tokenizer_channels=4,

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from toy import free_port
 
 from convmlp_mm import FiniteLossHook
-from convmlp_mm.cli import closing_group
+from convmlp_mm.launch import closing_group
 
 
 class Numbers(Dataset):

@@ -17,9 +17,10 @@ import pytest
 import torch
 from toy import LENGTH, free_port, write_config
 
-from convmlp_mm import cli, elastic
-from convmlp_mm.engine.saving import NotSavedError
-from convmlp_mm.launch import MISTAKE, PREEMPTED
+from convmlp_mm import launch
+from convmlp_mm.hooks.saving import NotSavedError
+from convmlp_mm.launch import elastic
+from convmlp_mm.launch.process import MISTAKE, PREEMPTED
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 
@@ -181,13 +182,13 @@ def test_full_disk_before_the_first_checkpoint_is_not_tried_again(tmp_path):
 )
 def test_what_comes_again_is_not_tried_again(monkeypatch, capsys, error, code):
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    with pytest.raises((type(error), SystemExit)) as info, cli.final_mistakes():
+    with pytest.raises((type(error), SystemExit)) as info, launch.final_mistakes():
         raise error
     assert getattr(info.value, 'code', None) == code
     # The trace is there, whoever prints it.
     assert (str(error) in capsys.readouterr().err) == (code is not None)
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT')
-    with pytest.raises(type(error)), cli.final_mistakes():
+    with pytest.raises(type(error)), launch.final_mistakes():
         raise error
 
 
@@ -210,7 +211,7 @@ def test_address_of_this_machine_is_the_one_that_reaches_the_other():
 
 @pytest.mark.slow
 def test_two_machines_survive_a_kill_on_the_second(tmp_path):
-    tool = TOOLS / 'dev' / 'two_nodes.sh'
+    tool = Path(__file__).parent / 'cluster' / 'two_nodes.sh'
     tried = bash(tool, 'true', cwd=tmp_path)
     if tried.returncode == 77 or not shutil.which('ip'):
         pytest.skip(f'no network namespaces here: {tried.stderr.strip()}')
@@ -266,7 +267,7 @@ def test_slurm_launchers_say_how_they_are_used(tmp_path, tool, least):
     ],
 )
 def test_slurm_train_hands_the_options_on(tmp_path, options, expected):
-    # What would be run; a real SLURM is in tools/dev.
+    # What would be run; a real SLURM is in tests/cluster.
     (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / 'srun').chmod(0o755)
     env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', GPUS=4, SRUN_ARGS='--x --y')
@@ -341,7 +342,7 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
 
 
 @pytest.mark.parametrize(
-    ('attempt', 'launch', 'resume', 'found'),
+    ('attempt', 'launch_id', 'resume', 'found'),
     [
         (0, 'this', 'auto', False),
         (1, 'this', None, True),
@@ -353,7 +354,7 @@ def test_named_checkpoint_is_resumed_even_if_it_is_load_from(tmp_path, tool):
     ],
 )
 def test_restart_goes_on_from_what_this_launch_saved(
-    tmp_path, monkeypatch, attempt, launch, resume, found
+    tmp_path, monkeypatch, attempt, launch_id, resume, found
 ):
     saved = tmp_path / 'epoch_1.pth'
     meta = dict(epoch=1, iter=2, launch='this')
@@ -366,9 +367,9 @@ def test_restart_goes_on_from_what_this_launch_saved(
     monkeypatch.delenv('TORCHELASTIC_RESTART_COUNT', raising=False)
     monkeypatch.setenv('CONVMLP_MM_ATTEMPT', str(attempt))
     monkeypatch.delenv('CONVMLP_MM_LAUNCH_ID', raising=False)
-    if launch is not None:
-        monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch)
-    path = cli.checkpoint_of_restart(str(tmp_path), resume)
+    if launch_id is not None:
+        monkeypatch.setenv('CONVMLP_MM_LAUNCH_ID', launch_id)
+    path = launch.checkpoint_of_restart(str(tmp_path), resume)
     assert path == (str(saved) if found else None)
 
 
@@ -382,7 +383,7 @@ def test_slurm_tells_the_ranks(monkeypatch):
         monkeypatch.delenv(key)
     for key, value in {**SLURM, 'SLURM_JOB_ID': '70123', 'MASTER_ADDR': 'a'}.items():
         monkeypatch.setenv(key, value)
-    cli.read_slurm()
+    launch.read_slurm()
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     assert [os.environ[n] for n in names] == ['3', '4', '1', 'a', '15123']
 
@@ -391,4 +392,4 @@ def test_slurm_launcher_without_srun_is_named(monkeypatch):
     for key in SLURM:
         monkeypatch.delenv(key, raising=False)
     with pytest.raises(ValueError, match='SLURM_PROCID and SLURM_NTASKS are not'):
-        cli.read_slurm()
+        launch.read_slurm()

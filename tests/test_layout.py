@@ -26,9 +26,9 @@ from torchvision.ops import roi_align
 
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.benchmark.inputs import draw_batch
-from convmlp_mm.cli import build_runner, merge_options
 from convmlp_mm.config_files import find_config
-from convmlp_mm.engine.model_hooks import needs_contiguous, use_channels_last
+from convmlp_mm.hooks.model import needs_contiguous, use_channels_last
+from convmlp_mm.launch import build_runner, merge_options
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
@@ -366,7 +366,7 @@ class KeepLosses(Hook):
 def test_the_runner_trains_on_the_losses_of_contiguous_maps(name, tmp_path, tool):
     shapes = tmp_path / 'shapes'
     assert not tool(
-        'make_shapes_dataset.py', shapes, '--train', 4, '--val', 2
+        'data/make_shapes_dataset.py', shapes, '--train', 4, '--val', 2
     ).returncode
     found = []
     for twin in (False, True):

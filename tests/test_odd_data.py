@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from convmlp_mm import get_model
 from convmlp_mm.config_checks import check_settings
-from convmlp_mm.engine.check_data import _check_heads, _check_neck, _Watched
+from convmlp_mm.hooks.check_data import _check_heads, _check_neck, _Watched
 
 RNG = np.random.default_rng(1)
 # Some sizes at which rounding, padding and cropping go wrong.

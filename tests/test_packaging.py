@@ -110,7 +110,6 @@ def test_metadata(source, tmp_path):
     assert {re.match(r'[\w-]+', r).group() for r in plain} == {
         'torch',
         'numpy',
-        'wrapt',
     }
     for extra, mmcv in (('onedl', 'onedl-mmcv'), ('openmmlab', 'mmcv')):
         # Files of both stacks would overwrite each other.

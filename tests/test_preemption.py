@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from toy import LENGTH, Numbers, write_config
 
 from convmlp_mm import PreemptionHook
-from convmlp_mm.launch import PREEMPTED
+from convmlp_mm.launch.process import PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 

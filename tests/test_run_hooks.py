@@ -167,7 +167,7 @@ def test_summary_without_validation_and_without_the_first_process(
     assert 'trained     9 iterations in' in summary(runner)
     assert 'best' not in summary(runner)
 
-    monkeypatch.setattr('convmlp_mm.engine.summary.is_main_process', lambda: False)
+    monkeypatch.setattr('convmlp_mm.hooks.summary.is_main_process', lambda: False)
     runner = make_runner(tmp_path / 'b', hooks=[SummaryHook()])
     runner.train()
     assert summary(runner) == ''
@@ -214,7 +214,7 @@ def fake_tensorboard(monkeypatch, written):
 
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        'convmlp_mm.engine.tracking.find_spec',
+        'convmlp_mm.hooks.tracking.find_spec',
         lambda name: name if name == 'tensorboard' else found(name),
     )
     module = SimpleNamespace(SummaryWriter=SummaryWriter)
@@ -234,7 +234,7 @@ def test_tensorboard_gets_the_scalars_where_it_is_installed(tmp_path, monkeypatc
 @pytest.mark.parametrize('broken', [False, True])
 def test_training_goes_on_without_tensorboard(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(
-        'convmlp_mm.engine.tracking.find_spec', lambda name: name if broken else None
+        'convmlp_mm.hooks.tracking.find_spec', lambda name: name if broken else None
     )
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     runner = make_runner(tmp_path, hooks=[TensorBoardHook()])
@@ -304,7 +304,7 @@ def test_training_goes_on_when_its_log_cannot_be_written(tmp_path, capsys, monke
 def test_metrics_of_a_test_are_written_by_the_first_process(
     tmp_path, monkeypatch, main
 ):
-    monkeypatch.setattr('convmlp_mm.engine.distributed.is_main_process', lambda: main)
+    monkeypatch.setattr('convmlp_mm.hooks.distributed.is_main_process', lambda: main)
     runner = make_runner(tmp_path, [0.3], [OneMetricsFileHook()])
     runner._test_dataloader = runner._val_dataloader
     runner._test_evaluator = runner._val_evaluator

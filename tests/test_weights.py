@@ -26,7 +26,7 @@ from torch import nn
 
 from convmlp_mm import ConvMLP, get_model
 from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.cli import read_weights_only
+from convmlp_mm.launch import read_weights_only
 from convmlp_mm.layouts import to_mm_layout, to_published_layout
 from convmlp_mm.weights import describe_arch, fit_checkpoint
 from convmlp_mm.zoo import ROOT

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +14,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from toy import LENGTH, write_config
 
-from convmlp_mm.engine import work_dir
-from convmlp_mm.engine.work_dir import LOCK, work_dir_lock
+from convmlp_mm.hooks import work_dir
+from convmlp_mm.hooks.work_dir import LOCK, work_dir_lock
 
-LAUNCH = Path(work_dir.__file__).parents[1] / 'launch.py'
 # Another run, without the time that its imports take. Its child outlives it, as the
 # worker of a data loader may.
 HOLDER = """
@@ -162,11 +160,12 @@ def test_checkpoints_name_their_launch(tmp_path, monkeypatch, tool):
 @pytest.mark.parametrize(('ready', 'end'), [(True, '-15'), (False, '85')])
 def test_process_ends_with_its_launcher(tmp_path, ready, end):
     code = f"""
-import os, runpy, signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
+from convmlp_mm.launch.process import end_with_launcher
 if sys.argv[1:] == ['rank']:
     while {not ready} and os.getppid() == int(os.environ['CONVMLP_MM_LAUNCHER']):
         time.sleep(0.01)
-    runpy.run_path({str(LAUNCH)!r})['end_with_launcher']()
+    end_with_launcher()
     assert 'CONVMLP_MM_LAUNCHER' not in os.environ
     print(flush=True)
     time.sleep(60)

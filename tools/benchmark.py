@@ -31,9 +31,9 @@ from convmlp_mm.benchmark.report import (
 )
 from convmlp_mm.benchmark.rounds import Measurement, WorkerError, run_interleaved
 from convmlp_mm.benchmark.steps import MATMUL
-from convmlp_mm.cli import check_data, merge_options, one_line_errors
 from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.launch import check_data, merge_options, one_line_errors
 
 PNG_DPI = 110
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.cli import one_line_errors
-from convmlp_mm.cli.tables import FORMATS, format_table
 from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.launch import one_line_errors
+from convmlp_mm.launch.tables import FORMATS, format_table
 
 # Steps of a test pipeline that decide the size.
 CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')

@@ -19,8 +19,8 @@ from convmlp_mm.checkpoint_io import (
     dump_checkpoint,
     read_checkpoint,
 )
-from convmlp_mm.cli import one_line_errors
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.launch import one_line_errors
 from convmlp_mm.layouts import (
     name_as_model,
     say_taken,

@@ -70,7 +70,7 @@ fi
 # are gone: the static rendezvous has one store for all attempts, and so has the dynamic
 # one from torch 2.4 on without this variable.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec python -m convmlp_mm.elastic \
+exec python -m convmlp_mm.launch.elastic \
     --nnodes "$NNODES" \
     --node_rank "$NODE_RANK" \
     "${rendezvous[@]}" \

@@ -16,7 +16,6 @@ from convmlp_mm.analysis.common import find_weights, load_models
 from convmlp_mm.analysis.complexity import default_shape
 from convmlp_mm.analysis.images import read_image
 from convmlp_mm.analysis.output import format_table
-from convmlp_mm.cli import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.config_files import find_config
 from convmlp_mm.export import (
     FORMATS,
@@ -27,6 +26,7 @@ from convmlp_mm.export import (
     check_request,
     export_model,
 )
+from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images
 
 

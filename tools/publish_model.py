@@ -12,8 +12,8 @@ import os.path as osp
 import torch
 
 from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
-from convmlp_mm.cli import one_line_errors
 from convmlp_mm.files import check_output, write_file
+from convmlp_mm.launch import one_line_errors
 from convmlp_mm.weights import check_tensors
 
 

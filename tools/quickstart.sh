@@ -20,7 +20,7 @@ export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 started=$SECONDS
 
 echo "== 1/3 making a data set in $data"
-python "$tools/make_shapes_dataset.py" "$data"
+python "$tools/data/make_shapes_dataset.py" "$data"
 
 echo "== 2/3 training ConvMLP-S + RetinaNet, about 4 minutes on two cores"
 options=(--cfg-options "data_root=$data/coco" "${@:2}")
@@ -34,7 +34,7 @@ bash "$tools/dist_test.sh" "$config" "$checkpoint" 1 --work-dir "$out/test" \
 # A detector that finds nothing is not given a figure.
 ap50=$(grep -o 'bbox_mAP_50: [0-9.]*' "$out/test.log" | tail -n 1 || true)
 ap50=${ap50:-bbox_mAP_50: 0 (nothing found)}
-python "$tools/show_detections.py" "$out/predictions.bbox.json" \
+python "$tools/data/show_detections.py" "$out/predictions.bbox.json" \
     "$data/coco/annotations/instances_val2017.json" "$data/coco/val2017" \
     "$out/detections.png" \
     --title "ConvMLP-S + RetinaNet, generated validation set, ${ap50/bbox_mAP_50/AP50}"

@@ -63,7 +63,7 @@ code=0
 srun "${resources[@]}" --kill-on-bad-exit=0 --wait=60 "${srun_args[@]}" \
     python -u "$tools/$script" "$@" "${py_args[@]}" --launcher slurm || code=$?
 
-# PREEMPTED of convmlp_mm/launch.py, and ended by SIGTERM before there was anything to
+# PREEMPTED of convmlp_mm/launch/process.py, and ended by SIGTERM before there was anything to
 # save. A job that was cancelled is no longer running, nor is one that SLURM itself is
 # about to queue again.
 if [ -n "${BATCH:-}" ] && ((code == 85 || code == 143)) &&

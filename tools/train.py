@@ -11,10 +11,13 @@ import os.path as osp
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
-from convmlp_mm.cli import (
+from convmlp_mm.hooks import find_latest_checkpoint
+from convmlp_mm.hooks.mixed_precision import has_bfloat16
+from convmlp_mm.hooks.saving import checkpoint_hooks
+from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
@@ -26,9 +29,7 @@ from convmlp_mm.cli import (
     lock_of_training,
     one_line_errors,
 )
-from convmlp_mm.engine import find_latest_checkpoint
-from convmlp_mm.engine.saving import checkpoint_hooks
-from convmlp_mm.launch import end_with_launcher
+from convmlp_mm.launch.process import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         '--amp',
         action='store_true',
         help='train in automatic mixed precision: float16, or what '
-        'optim_wrapper.dtype says; on the CPU bfloat16 only',
+        'optim_wrapper.dtype says; on a CPU that computes in it, bfloat16',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -59,16 +60,30 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def choose_bfloat16(wrapper: ConfigDict) -> None:
+    """Set the only mixed precision of a CPU where it is faster than float32."""
+    dtype = wrapper.get('dtype')
+    if dtype is None and has_bfloat16():
+        wrapper.dtype = dtype = 'bfloat16'
+    if dtype != 'bfloat16':
+        raise ValueError(
+            '--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is '
+            f'{dtype}'
+            + (
+                ''
+                if dtype
+                else ', and this processor does not compute in '
+                'bfloat16: --cfg-options optim_wrapper.dtype=bfloat16 emulates it'
+            )
+        )
+
+
 def prepare(args: argparse.Namespace) -> Config:
     """Merge the options of training into the configuration and check them."""
     cfg = load_config(args)
     if args.amp:
-        dtype = cfg.optim_wrapper.get('dtype')
-        if get_device() == 'cpu' and dtype != 'bfloat16':
-            raise ValueError(
-                '--amp on the CPU needs --cfg-options optim_wrapper.dtype=bfloat16, '
-                f'but the data type is {dtype or "float16, the default"}'
-            )
+        if get_device() == 'cpu':
+            choose_bfloat16(cfg.optim_wrapper)
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in (
             'OptimWrapper',
             'AmpOptimWrapper',
@@ -101,7 +116,7 @@ def choose_start(cfg: Config, resume: str | None) -> None:
         if cfg.resume:
             cfg.load_from = newest
     elif resume is not None:
-        check_checkpoint(resume, folder=cfg.get('strategy') is not None)
+        check_checkpoint(resume)
         cfg.resume, cfg.load_from = True, resume
 
 

@@ -1,4 +1,5 @@
-# What every configuration of this package adds to the runtime of its toolkit.
+# What every configuration of this package adds to the runtime of its toolkit, in one
+# place. Each file beside this one joins it to the recipe of one system.
 custom_imports = dict(imports=['convmlp_mm'], allow_failed_imports=False)
 # A configuration that replaces custom_hooks is told which of these it leaves out.
 runtime_hooks = [
@@ -33,3 +34,9 @@ runtime_hooks = [
     dict(type='SummaryHook'),
 ]
 custom_hooks = [*runtime_hooks]
+# What replaces default hooks of the toolkit. Two bases may not have the same key, so
+# the recipes of the systems take it over as default_hooks.
+runtime_default_hooks = dict(
+    # Kills and full disks leave whole checkpoints.
+    checkpoint=dict(type='SafeCheckpointHook'),
+)

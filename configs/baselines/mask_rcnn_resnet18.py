@@ -1,21 +1,8 @@
 # Mask R-CNN with ResNet-18 by mmdet's own recipe: a row that Table 6 of the paper
 # compares with.
-_base_ = [
-    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    '../_base_/default_runtime.py',
-]
+_base_ = '../_base_/mask_rcnn.py'
 
-num_classes = 80
 model = dict(
-    backbone=dict(
-        depth=18,
-        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet18'),
-    ),
+    backbone=dict(depth=18, init_cfg=dict(checkpoint='torchvision://resnet18')),
     neck=dict(in_channels=[64, 128, 256, 512]),
-    roi_head=dict(
-        bbox_head=dict(num_classes=num_classes),
-        mask_head=dict(num_classes=num_classes),
-    ),
 )
-# Kills and full disks leave whole checkpoints.
-default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))

@@ -1,11 +1,8 @@
 # RetinaNet with ResNet-18 by mmdet's own recipe: a row that Table 5 of the paper
 # compares with.
-_base_ = [
-    'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
-    '../_base_/default_runtime.py',
-]
+_base_ = '../_base_/retinanet.py'
 
-num_classes = 80
-model = dict(bbox_head=dict(num_classes=num_classes))
-# Kills and full disks leave whole checkpoints.
-default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook'))
+model = dict(
+    backbone=dict(depth=18, init_cfg=dict(checkpoint='torchvision://resnet18')),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

@@ -1,5 +1,5 @@
 # RetinaNet with ConvMLP-S from random weights on the set that
-# tools/make_shapes_dataset.py makes: minutes on two CPU cores.
+# tools/data/make_shapes_dataset.py makes: minutes on two CPU cores.
 _base_ = '../retinanet_convmlp_s.py'
 
 data_root = 'data/shapes/coco/'

@@ -78,4 +78,4 @@ param_scheduler = [
 ]
 train_cfg = dict(max_epochs=60)
 # No average of the weights.
-custom_hooks = [hook for hook in _base_.custom_hooks if hook['type'] != 'EMAHook']
+custom_hooks = _base_.runtime_hooks

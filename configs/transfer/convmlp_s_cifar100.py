@@ -10,16 +10,12 @@ data_preprocessor = dict(
 )
 model = dict(head=dict(num_classes=num_classes))
 
-# RandAugment and random erasing fill with the colour of the data set.
+# RandAugment and RandomErasing fill with the colour of the data set.
 bgr_mean = data_preprocessor['mean'][::-1]
 bgr_std = data_preprocessor['std'][::-1]
-fill = dict(
-    RandAugment=dict(
-        hparams=dict(pad_val=[round(x) for x in bgr_mean], interpolation='bicubic')
-    ),
-    RandomErasing=dict(fill_color=bgr_mean, fill_std=bgr_std),
-)
-train_pipeline = [dict(t, **fill.get(t['type'], {})) for t in _base_.train_pipeline]
+train_pipeline = _base_.train_pipeline
+train_pipeline[2].hparams.pad_val = [round(x) for x in bgr_mean]
+train_pipeline[3].update(fill_color=bgr_mean, fill_std=bgr_std)
 
 data = dict(type='CIFAR100', data_root=data_root)
 train_dataloader = dict(dataset=dict(data, pipeline=train_pipeline))

@@ -9,8 +9,8 @@ import torch
 
 from ..analysis.complexity import default_shape
 from ..analysis.output import FORMATS
-from ..cli import add_cfg_options
 from ..files import check_output
+from ..launch import add_cfg_options
 from ..zoo import published_weights
 from .spec import ARCH, DTYPES, OPTIONS, ModelSpec, parse_spec
 from .steps import MATMUL, Job, spec_config

@@ -16,9 +16,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
 from ..apis import build_model, load_weights, switch_to_deploy
-from ..cli import plain_optim_wrapper
 from ..config_files import find_config
-from ..engine.model_hooks import operator_of_mmcv, use_channels_last
+from ..hooks.model import operator_of_mmcv, use_channels_last
+from ..launch import plain_optim_wrapper
 from ..zoo import published_weights
 from .equality import replace_backbone
 from .inputs import draw_batch

@@ -22,7 +22,7 @@ from typing import TextIO
 
 import torch
 
-from ..launch import keep_memory
+from ..launch.process import keep_memory
 from .steps import Job, build_step
 
 __all__ = ['Memory', 'Timer', 'main']

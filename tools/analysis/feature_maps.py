@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from convmlp_mm.cli import one_line_errors
+from convmlp_mm.launch import one_line_errors
 
 NUM_DEPTHS = 4
 RULE = (

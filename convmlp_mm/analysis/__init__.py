@@ -1,0 +1,1 @@
+"""What the paper compares models by: functions that return data, and drawing."""

@@ -1,0 +1,82 @@
+"""The only door to the private names of mmengine.
+
+Each function says what mmengine offers no public way for. When the engine moves,
+``tests/test_mmengine.py`` names what has changed, and the mend belongs here.
+"""
+
+from __future__ import annotations
+
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+
+__all__ = [
+    'accumulative_counts',
+    'decide_val_interval',
+    'endless_iterator',
+    'is_loaded',
+    'is_resumed',
+    'is_training',
+    'load_from',
+    'set_start',
+    'train_loader_settings',
+]
+
+
+def is_training(runner: Runner) -> bool:
+    """Tell whether ``runner.train()`` was called.
+
+    The public ``train_loop`` would build the loop of a run that tests.
+    """
+    return isinstance(runner._train_loop, BaseLoop)
+
+
+def is_resumed(runner: Runner) -> bool:
+    """Tell whether the run goes on from a checkpoint."""
+    return runner._resume
+
+
+def load_from(runner: Runner) -> str | None:
+    """Return the checkpoint that the run starts or goes on from, if one is named."""
+    return runner._load_from
+
+
+def is_loaded(runner: Runner) -> bool:
+    """Tell whether the checkpoint of the run has been read."""
+    return runner._has_loaded
+
+
+def set_start(runner: Runner, resume: bool, checkpoint: str | None) -> None:
+    """Choose what the runner loads once ``before_run`` is over."""
+    runner._resume, runner._load_from = resume, checkpoint
+
+
+def train_loader_settings(runner: Runner) -> object:
+    """Return ``train_dataloader`` as it was given: a dict, or a built loader.
+
+    Once the loop is built, the public ``train_dataloader`` is the loader.
+    """
+    return runner._train_dataloader
+
+
+def accumulative_counts(runner: Runner) -> int:
+    """Return how many batches make a step; 1 for wrappers of several optimizers."""
+    return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+
+
+def decide_val_interval(loop: BaseLoop) -> None:
+    """Let a loop look up the interval of validation that holds now.
+
+    It does so by itself only before an epoch or iteration.
+    """
+    loop._decide_current_val_interval()
+
+
+def endless_iterator(loop: IterBasedTrainLoop, passes: int) -> object:
+    """Make a new iterator of an iteration-based loop over its loader.
+
+    Args:
+        loop (IterBasedTrainLoop): The loop.
+        passes (int): How often the loader has ended before, which seeds its sampler.
+    """
+    iterator = type(loop.dataloader_iterator)(loop.dataloader)
+    iterator._epoch = passes
+    return iterator

@@ -1,0 +1,233 @@
+"""Let the processes of a run agree on where it stands before they train."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+
+import torch
+from mmengine.dist import all_gather_object, get_world_size
+from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from ._mmengine import accumulative_counts, is_resumed, load_from
+
+__all__ = ['AgreementHook', 'steps_of']
+
+# Of the checkpoint's meta.
+STEPS, SAMPLES, TYPES = 'step_size', 'training_samples', 'recipe_types'
+# What a scheduler has reached, in contrast to what its configuration says.
+PROGRESS = ('base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs')
+
+
+@HOOKS.register_module()
+class AgreementHook(Hook):
+    """Stop a run whose processes disagree, or that disagrees with its checkpoint.
+
+    Each process looks up and loads its checkpoint alone. If they do not see the same
+    files, some resume and others begin, and average their gradients; so, before the
+    first step, all compare epoch, iteration and a checksum of the weights.
+
+    A Runner that resumes takes the state of optimizer and schedulers from the
+    checkpoint, and with it the learning rate, the weight decay and the schedule,
+    whatever the configuration says now. A run is therefore refused if these, the
+    optimizer, the number of processes, the batch size, the number of accumulated
+    batches or the length of the training set are others than those of the checkpoint.
+    One that is only to be longer goes on, with the schedule of the checkpoint.
+
+    ``EarlyStoppingHook`` is told again what the validations before have given, which
+    it forgets: a resumed run stops where it would have stopped.
+    """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note what the states in the checkpoint do not say.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): Its ``meta`` gets the keys ``'step_size'``,
+                ``'training_samples'`` and ``'recipe_types'``.
+        """
+        checkpoint['meta'].update(_note(runner))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare a checkpoint that is resumed with the configuration.
+
+        Args:
+            runner (Runner): The runner.
+            checkpoint (dict): What the file holds.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        if not is_resumed(runner):
+            return
+        meta, note = checkpoint.get('meta') or {}, _note(runner)
+        changes = {
+            'steps of another size': _changes(meta.get(STEPS), note[STEPS]),
+            'a training set of another length': _changes(
+                {k: meta[k] for k in (SAMPLES,) if k in meta}, {SAMPLES: note[SAMPLES]}
+            ),
+        }
+        ends = []
+        if 'optimizer' in checkpoint:
+            states = [scheduler.state_dict() for scheduler in _schedulers(runner)]
+            saved = checkpoint.get('param_schedulers')
+            before = _recipe(checkpoint['optimizer'], saved)
+            now = _recipe(runner.optim_wrapper.state_dict(), states)
+            recipe = _changes(meta.get(TYPES), note[TYPES]) + _changes(before, now)
+            ends = [change for change in recipe if '.end ' in change]
+            changes['another recipe'] = [c for c in recipe if c not in ends]
+        named = [f'{what} ({_shorten(c)})' for what, c in changes.items() if c]
+        another = (
+            'begin another from its weights, in another --work-dir, without --resume '
+            f'and with --cfg-options load_from={load_from(runner)}'
+        )
+        if named:
+            raise ValueError(
+                f'the run cannot be resumed with {" and ".join(named)}: resume it as '
+                f'it was, or {another}'
+            )
+        if ends:
+            runner.logger.warning(
+                f'The schedule of the checkpoint goes on ({_shorten(ends)}): after '
+                f'its end, the values stay. For that of the configuration, {another}'
+            )
+
+    def before_train(self, runner: Runner) -> None:
+        """Compare the processes, and let early stopping count on.
+
+        Args:
+            runner (Runner): The runner.
+
+        Raises:
+            RuntimeError: If the processes disagree.
+        """
+        if get_world_size() > 1:
+            _compare_processes(runner)
+        if not is_resumed(runner):
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, EarlyStoppingHook):
+                values = runner.message_hub.log_scalars.get(f'val/{hook.monitor}')
+                for value in values.data[0] if values else ():
+                    hook.after_val_epoch(runner, {hook.monitor: float(value)})
+
+
+def steps_of(runner: Runner) -> dict[str, int]:
+    """Return what the size of an optimizer step follows from.
+
+    Args:
+        runner (Runner): While it trains.
+
+    Returns:
+        dict[str, int]: Number of processes, samples in the batch of each, and batches
+        that are accumulated.
+    """
+    loader = runner.train_dataloader
+    sizes = (loader, loader.batch_sampler)
+    batch_size = next(
+        (s.batch_size for s in sizes if getattr(s, 'batch_size', None)), 1
+    )
+    return dict(
+        processes=get_world_size(),
+        batch_size=batch_size,
+        accumulative_counts=accumulative_counts(runner),
+    )
+
+
+def _note(runner: Runner) -> dict[str, object]:
+    """Return what a resumed run must have as before, and no state says."""
+    wrappers = runner.optim_wrapper
+    wrappers = wrappers.values() if hasattr(wrappers, 'values') else [wrappers]
+    dataset = runner.train_dataloader.dataset
+    types = dict(
+        optimizer=[type(getattr(w, 'optimizer', w)).__name__ for w in wrappers],
+        param_scheduler=[type(scheduler).__name__ for scheduler in _schedulers(runner)],
+    )
+    samples = len(dataset) if hasattr(dataset, '__len__') else None
+    return {STEPS: steps_of(runner), SAMPLES: samples, TYPES: types}
+
+
+def _compare_processes(runner: Runner) -> None:
+    places = all_gather_object((runner.epoch, runner.iter, _checksum(runner.model)))
+    ranks = defaultdict(list)
+    for rank, place in enumerate(places):
+        ranks[place].append(rank)
+    if len(ranks) == 1:
+        return
+    found = '; '.join(
+        f'{"ranks" if len(members) > 1 else "rank"} '
+        f'{", ".join(map(str, members))}: epoch {epoch}, iteration {iteration}, '
+        f'weights {checksum:08x}'
+        for (epoch, iteration, checksum), members in ranks.items()
+    )
+    raise RuntimeError(
+        f'the processes do not start from the same checkpoint ({found}): let all '
+        'machines see the same work dir and load_from'
+    )
+
+
+def _checksum(model: torch.nn.Module) -> int:
+    """Return the CRC-32 of the weights."""
+    checksum = 0
+    for param in model.parameters():
+        content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(content.numpy(), checksum)
+    return checksum
+
+
+def _listed(schedulers: list | dict | None) -> list:
+    """Return the schedulers of all optimizers, or their states."""
+    groups = schedulers.values() if isinstance(schedulers, dict) else [schedulers or []]
+    return [scheduler for group in groups for scheduler in group]
+
+
+def _schedulers(runner: Runner) -> list:
+    return _listed(runner.param_schedulers)
+
+
+def _recipe(optimizer: dict, schedulers: list | dict | None) -> dict[str, object]:
+    """Take out of states what the configuration has said."""
+    parts = {'': optimizer} if 'param_groups' in optimizer else optimizer
+    recipe = {}
+    for name, part in parts.items():
+        groups = part.get('param_groups', [])
+        recipe[f'{name} parameters'.strip()] = [len(g['params']) for g in groups]
+        for key in {k: 0 for group in groups for k in group}:
+            if key == 'params' or key.startswith('initial_'):
+                continue
+            if key == 'betas' and 'initial_momentum' in groups[0]:
+                # A schedule of the momentum changes the first of them.
+                values = [group[key][1:] for group in groups]
+            else:
+                values = [g.get(f'initial_{key}', g.get(key)) for g in groups]
+            recipe[f'{name} {key}'.strip()] = values
+    for i, state in enumerate(_listed(schedulers)):
+        for key, value in state.items():
+            if not key.startswith('_') and key not in PROGRESS and not callable(value):
+                recipe[f'param_scheduler.{i}.{key}'] = value
+    return recipe
+
+
+def _shorten(changes: list[str]) -> str:
+    more = f' and {len(changes) - 5} more' if len(changes) > 5 else ''
+    return ', '.join(changes[:5]) + more
+
+
+def _changes(before: dict | None, now: dict) -> list[str]:
+    """Name what differs, of lists of one length the first items that do."""
+    before, changes = before if isinstance(before, dict) else {}, []
+    lost, new = (sorted(a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
+    # Those of one side alone may be of another version.
+    if lost and new:
+        changes.append(f'{", ".join(lost)} before and {", ".join(new)} now')
+    for key in [key for key in now if key in before]:
+        pair = before[key], now[key]
+        a, b = (list(v) if isinstance(v, tuple) else v for v in pair)
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            a, b = next(((x, y) for x, y in zip(a, b) if x != y), (a, b))
+        if a != b:
+            name = key if '.' in key else key.replace('_', ' ')
+            changes.append(f'{name} {a!s:.40} before and {b!s:.40} now')
+    return changes

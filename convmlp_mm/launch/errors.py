@@ -1,0 +1,122 @@
+"""How a run of a tool ends: messages, exit codes, and the group of the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import os.path as osp
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import NoReturn
+
+import torch
+
+from .process import MISTAKE
+
+__all__ = ['closing_group', 'final_mistakes', 'one_line_errors']
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can get wrong into one line and exit code 2.
+
+    To be put around the preparation only: an error in the middle of a run
+    keeps its stack trace.
+    """
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        # str() of a KeyError is the repr of its message.
+        _end(error.args[0] if isinstance(error, KeyError) else error)
+
+
+def _end(message: object) -> NoReturn:
+    program = osp.basename(sys.argv[0])
+    print(f'{program}: error: {message}', file=sys.stderr)
+    sys.exit(MISTAKE)
+
+
+# They come again however often one tries, unlike those of memory and networks.
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    FileNotFoundError,
+    ImportError,
+    LookupError,
+    NameError,
+    PermissionError,
+    TypeError,
+    ValueError,
+)
+
+
+# So do these of a disk; others, of one that is far away, may pass.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+PACKAGE = osp.dirname(osp.dirname(osp.abspath(__file__)))
+FRAME = re.compile(r'File "(.+)", line \d+, in .+\n\s*(.*)')
+
+
+def _said(error: Exception) -> str | None:
+    """Return the sentence of an error that this package has raised, in a worker too.
+
+    What it has not raised by itself needs a stack trace.
+    """
+    frames = FRAME.findall(''.join(traceback.format_exception(error)))
+    if not frames or not frames[-1][0].startswith(PACKAGE + os.sep):
+        return None
+    # A loader wraps the trace of its worker around the sentence.
+    sentence = str(error).rstrip().rpartition(f'\n{type(error).__name__}: ')[2]
+    return sentence if frames[-1][1].startswith('raise ') else None
+
+
+@contextlib.contextmanager
+def final_mistakes() -> Iterator[None]:
+    """Say in one line what this package has found wrong in the middle of a run.
+
+    The exit code also tells a launcher that restarts not to do so after what comes
+    again: a mistake of the user's, or a disk that is full or cannot be written. The
+    stack traces of others stay. Without such a launcher nothing changes for them.
+    """
+    try:
+        yield
+    except (*MISTAKES, OSError) as error:
+        final = isinstance(error, MISTAKES) or error.errno in FULL
+        sentence = isinstance(error, MISTAKES) and _said(error)
+        if sentence:
+            _end(sentence)
+        if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.exit(MISTAKE)
+
+
+@contextlib.contextmanager
+def closing_group() -> Iterator[None]:
+    """Close the group of the processes when a run has ended.
+
+    torch leaves its threads to the end of the interpreter, where one that drops the
+    tensors of the last collective may abort the process, with an exit code that is not
+    the run's. After an error the group stays: to close it could wait for the others.
+    """
+    try:
+        yield
+    except SystemExit:
+        _close_group()
+        raise
+    _close_group()
+
+
+def _close_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # To drop the tensors of the last collective, its thread needs the interpreter's
+        # lock, which it gets here. Up to torch 2.2 at least, the group would wait for
+        # the thread with the lock in its hands.
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()

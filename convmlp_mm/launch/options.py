@@ -1,0 +1,204 @@
+"""Options that tools share, and how they change a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import os.path as osp
+import sys
+
+from mmengine.config import Config, DictAction
+
+from ..config_checks import (
+    WORKER_KEYS,
+    map_config,
+    map_leaves,
+    read_config,
+    without_tilde,
+)
+from .checks import check_gpus
+
+__all__ = [
+    'add_cfg_options',
+    'add_common_arguments',
+    'load_config',
+    'map_config',
+    'merge_options',
+]
+
+
+SPLITS = ('train', 'val', 'test')
+
+
+class _CfgOptions(DictAction):
+    """mmengine's action, which takes the spaces out of every value, paths too."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> object:
+        if ' ' in val and not set('[](),') & set(val):
+            return val
+        return DictAction._parse_iterable(val)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, whose value :func:`merge_options` takes.
+
+    Args:
+        parser (ArgumentParser): It is changed.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        metavar='KEY=VALUE',
+        help='override settings of the configuration, for instance '
+        'optim_wrapper.optimizer.lr=2e-4; lists as key="[a,b]". data_root '
+        'moves the data of all data sets and metrics that lie below it; '
+        'num_classes sets all heads that have the number of the configuration',
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing share, named as in mmdet.
+
+    Args:
+        parser (ArgumentParser): It is changed.
+    """
+    parser.add_argument(
+        '--work-dir',
+        type=osp.expanduser,
+        help='folder for logs and checkpoints; by default work_dir of the '
+        'configuration, else work_dirs/ and the name of the configuration',
+    )
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what has started this process among others',
+    )
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='only check that the configuration and the data are there; the '
+        'launchers do so before they start any process',
+    )
+    # torch.distributed.launch passes it; torchrun sets the variable itself.
+    parser.add_argument(
+        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the configuration and merge the common options into it.
+
+    Args:
+        args (Namespace): Parsed options of :func:`add_common_arguments` and
+            ``config``.
+
+    Returns:
+        Config: With ``work_dir`` and ``launcher`` set.
+
+    Raises:
+        FileNotFoundError: If the configuration does not exist.
+        ValueError: If there are more processes than GPUs, or if the configuration has a
+            ``strategy``.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    check_gpus()
+    if not osp.isfile(osp.expanduser(args.config)):
+        raise FileNotFoundError(f'configuration {args.config!r} does not exist')
+    cfg = read_config(args.config)
+    merge_options(cfg, args.cfg_options or {})
+    _refuse_strategy(cfg)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('work_dirs', name)
+    notes = [*_drop_worker_options(cfg), *_name_dropped_hooks(cfg)]
+    if not getattr(args, 'check', False) and os.environ.get('RANK', '0') == '0':
+        for note in notes:
+            print(note, file=sys.stderr)
+    return cfg
+
+
+def _drop_worker_options(cfg: Config) -> list[str]:
+    """Take out of loaders without workers what only goes with some."""
+    loaders = {f'{s}_dataloader': cfg.get(f'{s}_dataloader') or {} for s in SPLITS}
+    dropped = [
+        f'{name}.{key}'
+        for name, loader in loaders.items()
+        if not loader.get('num_workers')
+        for key in WORKER_KEYS
+        if loader.pop(key, None)
+    ]
+    return [f'without workers, {", ".join(dropped)} has no effect'] if dropped else []
+
+
+def _name_dropped_hooks(cfg: Config) -> list[str]:
+    """Tell what a configuration that replaces ``custom_hooks`` does not run."""
+    kept = {str(hook.get('type')) for hook in cfg.get('custom_hooks') or []}
+    wanted = [hook['type'] for hook in cfg.get('runtime_hooks') or []]
+    dropped = [kind for kind in wanted if kind not in kept]
+    return dropped and [
+        f'custom_hooks of the configuration leaves out {", ".join(dropped)}; '
+        '[*_base_.custom_hooks, ...] adds to them'
+    ]
+
+
+def _refuse_strategy(cfg: Config) -> None:
+    """Refuse what would train beside the hooks that make runs whole and exact."""
+    found = {k: cfg[k] for k in ('strategy', 'runner_type') if cfg.get(k)}
+    if found.get('strategy') or found.get('runner_type') == 'FlexibleRunner':
+        key = next(iter(found))
+        raise ValueError(
+            f'{key} is {found[key]!r}, but the tools train with DDP only: the largest '
+            'model of this package has 62 M parameters, which every GPU holds'
+        )
+
+
+def merge_options(cfg: Config, options: dict) -> None:
+    """Override settings of a configuration.
+
+    Args:
+        cfg (Config): It is changed.
+        options (dict): Values by dotted keys. ``data_root`` and
+            ``num_classes`` reach the places that they were copied to.
+    """
+    options = map_leaves(without_tilde, dict(options))
+    if 'data_root' in options and cfg.get('data_root'):
+        _move_data_root(cfg, cfg.data_root, options['data_root'])
+    if 'num_classes' in options and cfg.get('num_classes'):
+        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
+    cfg.merge_from_dict(options)
+
+
+def _move_data_root(cfg: Config, old: str, new: str) -> None:
+    """Put ``new`` for a leading ``old`` in the paths of data sets and metrics.
+
+    ``data_root`` in a configuration is only a variable: by the time that an
+    option overrides it, its value has been copied into them.
+    """
+    root = old if old.endswith('/') else old + '/'
+
+    def moved(key, value):
+        if isinstance(value, str) and (value == old or value.startswith(root)):
+            return osp.join(new, value[len(root) :])
+        return value
+
+    parts = ('dataloader', 'evaluator')
+    map_config(cfg, [f'{s}_{p}' for s in SPLITS for p in parts], moved)
+
+
+def _set_num_classes(cfg: Config, old: int, new: int) -> None:
+    """Put ``new`` for ``old`` wherever the model states ``num_classes``.
+
+    As ``data_root``, it is only a variable that has been copied.
+    """
+
+    def changed(key, value):
+        return new if key == 'num_classes' and value == old else value
+
+    map_config(cfg, ('model', 'data_preprocessor'), changed)

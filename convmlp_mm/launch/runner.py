@@ -1,0 +1,246 @@
+"""The Runner of a configuration, where it is started and by whom."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import init_dist
+from mmengine.registry import RUNNERS
+from mmengine.runner import CheckpointLoader, Runner, checkpoint
+
+from ..checkpoint_io import read_checkpoint
+from ..config_checks import check_optimizer
+from ..data_checks import check_while_reading
+from ..hooks.latest import find_latest_checkpoint
+from ..hooks.model import CheckWeightsHook
+from ..hooks.work_dir import LaunchHook, work_dir_lock
+from .options import map_config
+from .process import keep_memory
+
+__all__ = [
+    'build_runner',
+    'checkpoint_of_restart',
+    'load_from_weights_only',
+    'lock_of_training',
+    'plain_optim_wrapper',
+    'read_slurm',
+    'read_weights_only',
+]
+
+
+# Of the names of checkpoints; S3 as mmengine spells it.
+SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+
+
+# What the launchers call the number of a process among all.
+RANK = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
+
+
+def lock_of_training(cfg: Config) -> AbstractContextManager:
+    """Return the lock of the work dir, which only the first process takes.
+
+    Args:
+        cfg (Config): With ``work_dir`` and ``launcher``.
+
+    Returns:
+        AbstractContextManager: See :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
+    """
+    first = os.environ.get(RANK.get(cfg.launcher, ''), '0') == '0'
+    return work_dir_lock(cfg.work_dir) if first else nullcontext()
+
+
+def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
+    """Return where to go on when a launcher has started the processes again.
+
+    Args:
+        work_dir (str): The folder of the run.
+        resume (str, optional): The value of ``--resume``: with ``'auto'``, any
+            checkpoint in the folder counts, otherwise only one that this launch has
+            saved, whose name is in ``CONVMLP_MM_LAUNCH_ID``.
+
+    Returns:
+        str, optional: Its path; None in the first attempt, and if there is none.
+
+    Raises:
+        ValueError: If there are checkpoints and none can be resumed from.
+    """
+    attempt = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
+    if not any(int(os.environ.get(name, 0)) for name in attempt):
+        return None
+    if resume == 'auto':
+        return find_latest_checkpoint(work_dir)
+    launch = os.environ.get('CONVMLP_MM_LAUNCH_ID')
+    saved = find_latest_checkpoint(work_dir, launch) if launch else None
+    if saved is None:
+        print(
+            f'started again: this launch has saved nothing in {work_dir!r} yet, so '
+            'that it begins as at first',
+            file=sys.stderr,
+        )
+    return saved
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner of a configuration, where there is no GPU for the CPU.
+
+    mmengine's mixed precision and torch's SyncBN between processes do not run
+    on a CPU; there, a recipe that has them is trained in single precision (with
+    ``dtype='bfloat16'`` in that) and with BN, and says so. With GPUs the
+    configuration is taken as it is.
+
+    Args:
+        cfg (Config): It is changed on the CPU.
+
+    Returns:
+        Runner: Of the type ``runner_type``, if the configuration has it.
+    """
+    read_weights_only()
+    if cfg.launcher == 'slurm':
+        read_slurm()
+    check_while_reading(cfg.get('default_scope'))
+    if get_device() == 'cpu':
+        keep_memory()
+        _fit_to_cpu(cfg)
+        if cfg.launcher in ('pytorch', 'slurm'):
+            _prepare_gloo(cfg)
+    elif cfg.launcher == 'pytorch' and _meeting_place():
+        options = (cfg.get('env_cfg') or {}).get('dist_cfg') or {}
+        init_dist('pytorch', **options, **_meeting_place())
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(LaunchHook())
+    if not any(isinstance(hook, CheckWeightsHook) for hook in runner.hooks):
+        # A checkpoint is data for every configuration.
+        runner.register_hook(CheckWeightsHook())
+    check_optimizer(cfg)
+    return runner
+
+
+def read_weights_only() -> None:
+    """Let mmengine read every checkpoint as :func:`read_checkpoint` does.
+
+    Not at import: only the tools of this package decide for the whole process.
+    """
+    CheckpointLoader.register_scheme(SCHEMES, load_from_weights_only, force=True)
+    # The loaders of torchvision://, open-mmlab:// and mmcls:// turn a name into a URL
+    # and call this, so that they are safe with it, and whole files enter the cache.
+    checkpoint.load_from_http = load_from_weights_only
+
+
+def load_from_weights_only(filename: str, map_location: object = None) -> dict:
+    """Read for mmengine, which takes the name of this function into its log."""
+    return read_checkpoint(filename, map_location or 'cpu')
+
+
+def _fit_to_cpu(cfg: Config) -> None:
+    """Replace what only accelerators run.
+
+    For a single process, mmengine itself turns SyncBN into BN.
+    """
+    replaced = []
+    wrapper = cfg.get('optim_wrapper') or {}
+    bfloat16 = wrapper.get('dtype') == 'bfloat16'
+    if plain_optim_wrapper(wrapper):
+        if bfloat16:
+            wrapper['type'] = 'BFloat16OptimWrapper'
+        replaced.append(f'{wrapper["type"]} instead of AmpOptimWrapper')
+
+    def local_norm(key, value):
+        if key == 'type' and value in ('SyncBN', torch.nn.SyncBatchNorm):
+            replaced.append('BN instead of SyncBN')
+            return 'BN'
+        return value
+
+    if cfg.launcher != 'none':
+        map_config(cfg, ['model'], local_norm)
+    if replaced and os.environ.get('RANK', '0') == '0':
+        changes = ' and '.join(dict.fromkeys(replaced))
+        print(f'on the CPU, with {changes}', file=sys.stderr)
+
+
+def plain_optim_wrapper(wrapper: dict) -> bool:
+    """Turn mixed precision into single precision.
+
+    Args:
+        wrapper (dict): ``optim_wrapper`` of a configuration; it is changed.
+
+    Returns:
+        bool: Whether it was mixed.
+    """
+    if wrapper.get('type') != 'AmpOptimWrapper':
+        return False
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+    wrapper['type'] = 'OptimWrapper'
+    return True
+
+
+def read_slurm() -> None:
+    """Put what srun tells a process into the variables that torchrun would set.
+
+    What is set already stays. mmengine does the same where there are GPUs, but with
+    port 29500, at which two jobs on a machine meet; here it depends on the job.
+
+    Raises:
+        ValueError: If srun has not started this process, or the address of the first
+            machine cannot be found.
+    """
+    env = os.environ
+    missing = [k for k in ('SLURM_PROCID', 'SLURM_NTASKS') if k not in env]
+    if missing:
+        raise ValueError(
+            f'--launcher slurm is for processes that srun has started, but '
+            f'{" and ".join(missing)} are not in the environment'
+        )
+    env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
+    env['LOCAL_RANK'] = env.get('SLURM_LOCALID', '0')
+    env.setdefault('MASTER_PORT', str(15000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
+    if 'MASTER_ADDR' not in env:
+        nodes = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_NODELIST', '')
+        try:
+            names = subprocess.check_output(
+                ['scontrol', 'show', 'hostnames', nodes], text=True
+            )
+            env['MASTER_ADDR'] = names.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise ValueError(
+                f'scontrol does not tell the first host of {nodes!r}; set MASTER_ADDR'
+            ) from None
+
+
+def _meeting_place() -> dict:
+    """Return where the processes of one machine meet, if the launcher says so.
+
+    It is a file, which others neither see nor reach, in contrast to a port.
+    """
+    env = os.environ
+    if 'CONVMLP_MM_STORE' not in env:
+        return {}
+    return dict(
+        init_method=f'file://{env["CONVMLP_MM_STORE"]}',
+        rank=int(env['RANK']),
+        world_size=int(env['WORLD_SIZE']),
+    )
+
+
+def _prepare_gloo(cfg: Config) -> None:
+    """Let the launchers' processes talk by gloo.
+
+    mmengine selects a GPU for each process and hands DDP its number, neither
+    of which exists on a CPU.
+    """
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo', **_meeting_place())
+    if cfg.get('model_wrapper_cfg') is None:
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+    if cfg.model_wrapper_cfg.get('type', '').endswith('DistributedDataParallel'):
+        cfg.model_wrapper_cfg.setdefault('device_ids', None)

@@ -1,0 +1,67 @@
+"""What the hooks take from mmengine beside its public names, named when it moves."""
+
+import inspect
+
+import pytest
+import torch
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import nn
+
+from convmlp_mm.hooks import _mmengine
+
+
+def assigned(function):
+    """Return the attributes that a method sets on self."""
+    return {
+        line.split('self.')[1].split('=')[0].split(':')[0].strip()
+        for line in inspect.getsource(function).splitlines()
+        if line.strip().startswith('self.') and '=' in line
+    }
+
+
+def test_runner_keeps_what_it_is_given_under_the_names_that_are_used():
+    names = {'_resume', '_load_from', '_has_loaded', '_train_loop', '_train_dataloader'}
+    assert names - assigned(Runner.__init__) == set()
+
+
+@pytest.mark.parametrize('method', ['load_or_resume', 'train'])
+def test_runner_reads_them_where_they_are_set_before(method):
+    # Hooks choose the start in before_run, which comes before the runner loads.
+    text = inspect.getsource(getattr(Runner, method))
+    if method == 'train':
+        assert text.index("call_hook('before_run')") < text.index('load_or_resume()')
+    else:
+        for name in ('_resume', '_load_from', '_has_loaded'):
+            assert f'self.{name}' in text, name
+
+
+@pytest.mark.parametrize('wrapper', [OptimWrapper, AmpOptimWrapper])
+def test_wrapper_of_the_optimizer_counts_batches(wrapper):
+    assert '_accumulative_counts' in assigned(OptimWrapper.__init__)
+    model = nn.Linear(1, 1)
+
+    class Owner:
+        optim_wrapper = OptimWrapper(
+            torch.optim.SGD(model.parameters(), 0.1), accumulative_counts=3
+        )
+
+    assert _mmengine.accumulative_counts(Owner) == 3
+
+
+@pytest.mark.parametrize('loop', [EpochBasedTrainLoop, IterBasedTrainLoop])
+def test_loops_decide_when_to_validate(loop):
+    assert callable(loop._decide_current_val_interval)
+    assert 'self.val_interval' in inspect.getsource(loop._decide_current_val_interval)
+
+
+def test_endless_iterator_counts_its_passes():
+    class Loop:
+        dataloader = torch.utils.data.DataLoader([1, 2])
+
+    import mmengine.runner.loops as loops
+
+    Loop.dataloader_iterator = loops._InfiniteDataloaderIterator(Loop.dataloader)
+    iterator = _mmengine.endless_iterator(Loop, 5)
+    assert [int(next(iterator)) for _ in range(3)] == [1, 2, 1]
+    assert iterator._epoch == 6

@@ -11,7 +11,7 @@ from complexity import measure_complexity
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from PIL import Image
-from published import draw, draw_checkpoint, draw_image, published_forward
+from reference import draw, draw_checkpoint, draw_image, published_forward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 

@@ -40,14 +40,17 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmlp_mm import ConvMLP, launch
-from convmlp_mm.analysis.complexity import default_shape
-from convmlp_mm.analysis.output import format_table
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.config_checks import WORKER_KEYS
 from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
 from convmlp_mm.hooks.model import operator_of_mmcv, use_channels_last
 from convmlp_mm.launch.process import keep_memory
+from convmlp_mm.launch.tables import format_table
+
+# Where complexity.py stands.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+default_shape = importlib.import_module('complexity').default_shape
 
 OPTIONS = ('deploy', 'bf16', 'compile', 'channels-last')
 PUBLISHED, MATMUL = 'published::', 'matmul'

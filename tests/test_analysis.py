@@ -8,7 +8,7 @@ import complexity
 import paper_tables
 import pytest
 import torch
-from complexity import default_shape, measure_complexity
+from complexity import measure_complexity
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from mmengine.config import Config
@@ -17,6 +17,7 @@ from torch import nn
 
 from convmlp_mm.config_files import find_config
 from convmlp_mm.launch.tables import format_table
+from convmlp_mm.toolkits import default_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = paper_tables.load(paper_tables.PAPER)

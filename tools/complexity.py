@@ -27,9 +27,7 @@ from convmlp_mm.config_files import find_config
 from convmlp_mm.files import check_output, write_file
 from convmlp_mm.launch import one_line_errors
 from convmlp_mm.launch.tables import FORMATS, format_table
-
-# Steps of a test pipeline that decide the size.
-CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
+from convmlp_mm.toolkits import default_shape
 
 
 class Complexity(NamedTuple):
@@ -63,7 +61,8 @@ def measure_complexity(
     """Count what the toolkit's mode ``'tensor'`` costs, which has no post-processing.
 
     ``shape`` has height and width in pixels, by default those of
-    :func:`default_shape`. What cannot be built, or run without values, is a ValueError.
+    :func:`~convmlp_mm.toolkits.default_shape`. What cannot be built, or run without
+    values, is a ValueError.
     """
     usual = default_shape(cfg)
     shape = shape or usual
@@ -92,29 +91,6 @@ def measure_complexity(
     macs, activations = flops.get_total_flops() // 2, numels.get_total_flops()
     levels = _describe(model, outputs, shape)
     return Complexity(name, shape, params, trainable, macs, activations, *levels)
-
-
-def default_shape(cfg: Config) -> tuple[int, int]:
-    """Return the height and width, in pixels, that a configuration is tested at.
-
-    That is what the test pipeline resizes or crops to, else 224x224; for segmentors the
-    crop of the training, and 800x1280 for 1333x800, as in the tables of mmdet.
-    """
-    scope = cfg.get('default_scope')
-    if scope == 'mmseg':
-        preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
-        return tuple(preprocessor.get('size') or cfg.crop_size)
-    shape = 224
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    for step in dataset.get('pipeline') or ():
-        if str(step['type']).rpartition('.')[2] in CROPS:
-            keys = [key for key in ('scale', 'crop_size', 'size') if key in step]
-            shape = step[keys[0]] if keys else shape
-    if isinstance(shape, int):
-        return shape, shape
-    # mmdet has the width first.
-    shape = tuple(shape[::-1] if scope == 'mmdet' else shape)
-    return (800, 1280) if shape == (800, 1333) else shape
 
 
 def _give_boxes(model: nn.Module) -> None:

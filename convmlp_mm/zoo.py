@@ -13,7 +13,7 @@ import functools
 import math
 import os.path as osp
 from collections.abc import Callable, Iterable
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
 
 import mmengine.registry
@@ -24,9 +24,9 @@ from mmengine.runner import CheckpointLoader
 from mmengine.utils import get_object_from_string
 
 from .checkpoint import ROOT, name_as_model, read_checkpoint
+from .toolkits import TOOLKITS
 
 SCOPE = __package__
-TOOLKITS = ('mmdet', 'mmseg', 'mmpretrain')
 # Settings of data loaders that torch refuses where there are no workers.
 WORKER_KEYS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 
@@ -290,15 +290,11 @@ def give_visualizer(cfg: Config) -> None:
 
     mmengine's own, which a Runner takes then, draws nothing.
     """
-    kinds = dict(
-        mmdet='DetLocalVisualizer',
-        mmseg='SegLocalVisualizer',
-        mmpretrain='UniversalVisualizer',
-    )
-    kind = kinds.get(cfg.get('default_scope'))
-    if kind and not cfg.get('visualizer'):
+    toolkit = TOOLKITS.get(cfg.get('default_scope'))
+    if toolkit and not cfg.get('visualizer'):
         # The Runner and the inferencers give it a name of its own.
-        cfg.visualizer = dict(type=kind, vis_backends=[dict(type='LocalVisBackend')])
+        backends = [dict(type='LocalVisBackend')]
+        cfg.visualizer = dict(type=toolkit.visualizer, vis_backends=backends)
 
 
 def name_types(cfg: Config) -> None:
@@ -325,7 +321,7 @@ def name_types(cfg: Config) -> None:
 def _registered_names(scope: str | None) -> dict[object, str]:
     """Return the names that a toolkit finds classes and functions by."""
     if scope in TOOLKITS:
-        import_module(f'{scope}.utils').register_all_modules(False)
+        TOOLKITS[scope].register()
     names = {}
     for registry in vars(mmengine.registry).values():
         if isinstance(registry, Registry):

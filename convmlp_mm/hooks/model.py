@@ -1,13 +1,17 @@
-"""Hooks that change or check the model before it runs."""
+"""What changes or checks the model before it runs, and bfloat16 on a CPU."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
+from mmengine.runner.amp import autocast
 from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,9 +25,11 @@ from .latest import check_resumable, named_checkpoint
 from .saving import keep_own_files
 
 __all__ = [
+    'BFloat16OptimWrapper',
     'ChannelsLastHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
+    'has_bfloat16',
     'needs_contiguous',
     'operator_of_mmcv',
     'use_channels_last',
@@ -58,10 +64,6 @@ class CheckWeightsHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Change the checkpoint in place.
 
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What the file holds.
-
         Raises:
             ValueError: See :func:`convmlp_mm.weights.fit_checkpoint`, and if a run
                 cannot be resumed from it.
@@ -73,7 +75,20 @@ class CheckWeightsHook(Hook):
         if (checkpoint.get('meta') or {}).pop('config', None) is not None:
             print_log(f'meta.config of {name} is not read.', logger='current')
         if is_resumed(runner):
-            self._check_resumed(runner, model, checkpoint, name)
+            try:
+                check_resumable(checkpoint)
+            except ValueError as error:
+                raise CheckpointError(
+                    f'checkpoint {name!r} cannot be resumed: {error}'
+                ) from error
+            # EMAHook has saved the average as the one, and the model as the other.
+            for key in ('state_dict', 'ema_state_dict'):
+                # Without the count of EMAHook.
+                weights = dict(checkpoint.get(key) or {}, steps=None)
+                del weights['steps']
+                if key in checkpoint:
+                    fit_checkpoint(model, dict(state_dict=weights), name, exact=True)
+            keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
             return
         if not isinstance(getattr(model, 'backbone', None), ConvMLP):
             check_tensors(without_module(checkpoint), name)
@@ -86,24 +101,6 @@ class CheckWeightsHook(Hook):
         checkpoint['state_dict'] = state_dict
         # EMAHook has saved the average as state_dict, and takes it from there.
         checkpoint.pop('ema_state_dict', None)
-
-    def _check_resumed(
-        self, runner: Runner, model: nn.Module, checkpoint: dict, name: str
-    ) -> None:
-        try:
-            check_resumable(checkpoint)
-        except ValueError as error:
-            raise CheckpointError(
-                f'checkpoint {name!r} cannot be resumed: {error}'
-            ) from error
-        # EMAHook has saved the average as the one, and the model as the other.
-        for key in ('state_dict', 'ema_state_dict'):
-            if key in checkpoint:
-                state_dict = {**(checkpoint[key] or {})}
-                # The count of EMAHook.
-                state_dict.pop('steps', None)
-                fit_checkpoint(model, dict(state_dict=state_dict), name, exact=True)
-        keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
 
 
 # What computes the same values from channels-last maps as from contiguous ones, which
@@ -136,11 +133,9 @@ def needs_contiguous(model: nn.Module) -> str | None:
     Returns:
         str | None: The class, or None if every part takes any layout.
     """
-    parts = [model]
-    for name, child in model.named_children():
-        if name not in ('data_preprocessor', 'backbone'):
-            parts.append(child)
-    for part in parts:
+    children = dict(model.named_children())
+    own = 'data_preprocessor', 'backbone'
+    for part in (model, *(children[n] for n in children if n not in own)):
         package = type(part).__module__.partition('.')[0]
         kind = f'{package}.{type(part).__name__}'
         if kind not in ANY_LAYOUT:
@@ -225,9 +220,6 @@ class ChannelsLastHook(Hook):
         would give wrong gradients of every changed weight: in the first step, and
         with ``find_unused_parameters`` in all. It is therefore made again, around
         the same parameters.
-
-        Args:
-            runner (Runner): The runner.
         """
         model = runner.model
         inner = _unwrap(model)
@@ -239,16 +231,14 @@ class ChannelsLastHook(Hook):
                 f'{part} gets contiguous maps: it has not been shown to compute the '
                 'same from channels-last ones.'
             )
-        elif not is_model_wrapper(model):
-            use_channels_last(inner)
-        elif isinstance(model, DistributedDataParallel):
-            layouts = [p.stride() for p in inner.parameters()]
-            use_channels_last(inner)
-            # The loops of a runner call this hook once each.
-            if layouts != [p.stride() for p in inner.parameters()]:
-                runner.model = runner.wrap_model(
-                    runner.cfg.get('model_wrapper_cfg'), model.module
-                )
+            return
+        layouts = [p.stride() for p in inner.parameters()]
+        use_channels_last(inner)
+        # The loops of a runner call this hook once each.
+        changed = layouts != [p.stride() for p in inner.parameters()]
+        if changed and isinstance(model, DistributedDataParallel):
+            wrapper = runner.cfg.get('model_wrapper_cfg')
+            runner.model = runner.wrap_model(wrapper, model.module)
 
 
 def _inductor_options() -> dict:
@@ -282,9 +272,6 @@ class CompileBackboneHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Compile in place, and take the key from mmengine.
 
-        Args:
-            runner (Runner): The runner.
-
         Raises:
             TypeError: If ``compile`` is neither a bool nor a dict.
         """
@@ -306,3 +293,29 @@ class CompileBackboneHook(Hook):
         runner.logger.info(
             'The backbone is compiled when it first runs, which takes a while.'
         )
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies matrices in bfloat16 (Linux only)."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            flags = set(file.read().split())
+    except OSError:
+        return False
+    return not flags.isdisjoint({'amx_bf16', 'avx512_bf16', 'bf16'})
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Train with ``torch.autocast`` in bfloat16, on a CPU too.
+
+    bfloat16 has the range of float32, so that no loss is scaled; that is all that
+    ``AmpOptimWrapper``, which refuses the CPU, has besides. The tools take this
+    wrapper on a CPU where ``AmpOptimWrapper`` has ``dtype='bfloat16'``.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Run the forward pass in mixed precision."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield

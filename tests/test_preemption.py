@@ -181,8 +181,7 @@ def test_signals_are_given_back(tmp_path):
 def taken(tmp_path):
     """A hook that has taken over the signals, as in a training."""
     hook = PreemptionHook()
-    for number in hook.signals:
-        hook._previous[number] = signal.signal(number, hook._note)
+    hook._take_signals()
     yield hook
     hook.after_train(None)
 

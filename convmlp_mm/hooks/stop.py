@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite
 from numbers import Real
 from types import FrameType
 
@@ -95,15 +96,13 @@ class StepHook(Hook):
 class FiniteLossHook(StepHook):
     """Stop the run at the first loss that is NaN or Inf.
 
-    The Runner would train on, and write checkpoints of weights that are all NaN.
-    The processes agree on it after each step, since with the gradients the weights
-    of all are spoilt. Where a GradScaler guards the weights (fp16), a single Inf is a
-    warning: that step was left out. NaN, and Inf in two iterations in a row, stop
-    there too.
+    The Runner would train on, and save weights that are all NaN. The processes agree
+    on it after each step, since with the gradients the weights of all are spoilt. Where
+    a GradScaler guards the weights (fp16), a single Inf is a warning: that step was
+    left out. NaN, and Inf in two iterations in a row, stop there too.
 
     Besides, no checkpoint with NaN or Inf in its weights or its optimizer is written:
-    gradients can be NaN where the loss is not, so that the next loss tells it when the
-    file is there already, and ``SafeCheckpointHook`` has removed the one before.
+    gradients can be NaN where the loss is not, and the next loss would come too late.
     """
 
     def __init__(self) -> None:
@@ -148,17 +147,13 @@ class FiniteLossHook(StepHook):
         if not infinite and not nan:
             return
         losses = {name: value.item() for name, value in self._losses.items()}
-        bad = [
-            f'{name} is {value}'
-            for name, value in losses.items()
-            if value - value != 0  # Inf - Inf is NaN.
-        ]
+        bad = [f'{n} is {value}' for n, value in losses.items() if not isfinite(value)]
         message = f'iteration {runner.iter + 1}: '
         if bad:
-            images = ', '.join(_image_names(data_batch)) or 'unknown'
             message += (
-                f'{", ".join(bad)}; the images are {images}; the last checkpoint '
-                f'before it is {_last_checkpoint(runner)}'
+                f'{", ".join(bad)}; the images are '
+                f'{", ".join(_image_names(data_batch)) or "unknown"}; the last '
+                f'checkpoint before it is {_last_checkpoint(runner)}'
             )
         else:
             message += 'the loss of another process is NaN or Inf'
@@ -200,14 +195,13 @@ def _scales(runner: Runner) -> bool:
 def _image_names(batch: object) -> list[str]:
     """Name the images of a batch, in its order or that of a detector's branches."""
     if hasattr(batch, 'metainfo'):
-        meta = batch.metainfo
-        names = [str(meta['img_path'])] if meta.get('img_path') else []
-        for key in ('img_id', 'sample_idx'):
-            names += [f'{key} {meta[key]}'] if meta.get(key) is not None else []
-        return [*names, 'one without a name'][:1]
+        keys = 'img_path', 'img_id', 'sample_idx'
+        found = [(key, batch.metainfo.get(key)) for key in keys]
+        found = [pair for pair in found if pair[1] is not None]
+        key, name = found[0] if found else ('one without', 'a name')
+        return [str(name) if key == 'img_path' else f'{key} {name}']
     if isinstance(batch, dict):
-        batch = batch.get('data_samples', list(batch.values()))
-        return _image_names(batch)
+        return _image_names(batch.get('data_samples', list(batch.values())))
     parts = batch if isinstance(batch, (list, tuple)) else ()
     return [name for part in parts for name in _image_names(part)]
 
@@ -220,26 +214,22 @@ def _last_checkpoint(runner: Runner) -> str:
 class PreemptionHook(StepHook):
     """Stop at the end of an iteration when a signal asks for it.
 
-    The signal may reach one process or all of them, in different iterations. The
-    processes agree after each, so that all of them stop at the same one. Then a
-    checkpoint is saved, from which ``--resume`` goes on, and the processes exit with
-    :data:`PREEMPTED`, on which ``tools/slurm_train.sh`` has the job queued again. A
-    signal that comes when the numbers of the iteration have been shared takes effect
-    after the next one. During validation nobody looks: the processes may have
-    different numbers of batches.
+    It may reach one process or all of them, in different iterations. The processes
+    agree after each, so that all stop at the same one; a signal that comes later in an
+    iteration counts for the next. Then a checkpoint is saved, from which ``--resume``
+    goes on, and the processes exit with :data:`PREEMPTED`, on which
+    ``tools/slurm_train.sh`` has the job queued again. During validation nobody looks:
+    the processes may have different numbers of batches.
 
-    In the middle of an epoch the checkpoint says that ``epoch`` epochs and ``iter``
-    iterations are finished. It is named ``iter_{iter}.pth``, is not among those that
-    ``max_keep_ckpts`` counts, and is deleted when the resumed run has saved a regular
-    one. At an iteration or epoch whose checkpoint is saved anyway, there is no other.
-    After the last iteration the run goes on to its end.
+    In the middle of an epoch the checkpoint is named ``iter_{iter}.pth``, is not among
+    those that ``max_keep_ckpts`` counts, and is deleted when the resumed run has saved
+    a regular one. Where a checkpoint is saved anyway, there is no other. After the last
+    iteration the run goes on to its end.
 
-    A signal to the whole process group or job step, as SLURM sends it, would also end
-    the workers of the data loaders, and with them the run. Those of the training and
-    validation that start after ``before_run`` therefore ignore the signals. In
-    mmengine up to 0.10.7, ``IterBasedTrainLoop`` starts its workers before any hook.
-    Other processes that are forked, such as the pool of a metric, treat the signals
-    as they would without this hook.
+    Workers of data loaders that start after ``before_run`` ignore the signals, which
+    may have been sent to the whole job step. In mmengine up to 0.10.7,
+    ``IterBasedTrainLoop`` starts its workers before any hook. Other processes that are
+    forked, such as the pool of a metric, treat the signals as without this hook.
 
     While it trains, the first process holds the lock of the work dir, see
     :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
@@ -257,12 +247,8 @@ class PreemptionHook(StepHook):
     priority = 'LOWEST'
 
     def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGUSR1')) -> None:
-        if (
-            isinstance(signals, str)
-            or not isinstance(signals, Sequence)
-            or not signals
-            or any(name not in SIGNALS for name in signals)
-        ):
+        given = signals if isinstance(signals, (list, tuple)) else ()
+        if not given or any(name not in SIGNALS for name in given):
             raise ValueError(
                 'signals of PreemptionHook must be a list of some of '
                 f'{", ".join(SIGNALS)}, but got {signals!r}'
@@ -271,7 +257,6 @@ class PreemptionHook(StepHook):
         # Whether this process was asked to stop; above 0 where any was, once shared.
         self._asked = False
         self._flag = torch.zeros(1)
-        self._previous: dict = {}
         self._lock = contextlib.ExitStack()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -294,13 +279,18 @@ class PreemptionHook(StepHook):
                 'this is another; nothing will be saved on a signal.'
             )
             return
-        for number in self.signals:
-            self._previous[number] = signal.signal(number, self._note)
+        self._take_signals()
         self._protect(runner.val_loop)
+
+    def _take_signals(self) -> None:
+        for number in self.signals:
+            # It is None for a handler that Python does not know.
+            former = signal.signal(number, self._note) or signal.SIG_DFL
+            _taken.setdefault(number, former)
 
     def before_train(self, runner: Runner) -> None:
         """Let the workers of the training ignore the signals."""
-        if self._previous:
+        if _taken:
             # A resumed run has built its loader again.
             self._protect(runner.train_loop)
 
@@ -330,13 +320,12 @@ class PreemptionHook(StepHook):
         """
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         self._remove_superseded(runner)
+        if self._flag == 0 or self.is_last_train_iter(runner):
+            return
         # The last iteration of an epoch ends in after_train_epoch, where the
         # regular checkpoint is. Iteration-based loops know no such end.
-        if not isinstance(runner.train_loop, IterBasedTrainLoop) and (
-            batch_idx + 1 == len(runner.train_dataloader)
-        ):
-            return
-        if self._flag > 0 and not self.is_last_train_iter(runner):
+        by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        if not by_epoch or batch_idx + 1 < len(runner.train_dataloader):
             self._stop(runner, epoch=runner.epoch, iteration=runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -360,9 +349,7 @@ class PreemptionHook(StepHook):
 
     def after_train(self, runner: Runner) -> None:
         """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        _give_back()
 
     def after_run(self, runner: Runner) -> None:
         """Let others have the work dir."""
@@ -405,49 +392,44 @@ class PreemptionHook(StepHook):
         if osp.basename(str(hook.last_ckpt)) != name:
             # It could not be saved, as the hook has said.
             runner.message_hub.update_info(KEY, former)
-        elif former not in (None, name):
-            _remove(hook, former)
+        elif former not in (None, name) and dist.is_main_process():
+            remove_checkpoint(hook, former)
 
     def _remove_superseded(self, runner: Runner) -> None:
         """Delete the file of an earlier stop once there is a later checkpoint."""
         name = runner.message_hub.runtime_info.get(KEY)
         hook = _checkpoint_hook(runner) if name else None
         # None until the resumed run has saved.
-        if hook is None or hook.last_ckpt is None:
+        if hook is None or osp.basename(hook.last_ckpt or name) == name:
             return
-        if osp.basename(str(hook.last_ckpt)) != name:
-            _remove(hook, name)
-            runner.message_hub.runtime_info.pop(KEY)
+        if dist.is_main_process():
+            remove_checkpoint(hook, name)
+        runner.message_hub.runtime_info.pop(KEY)
 
 
 def _checkpoint_hook(runner: Runner) -> CheckpointHook | None:
     return next(iter(checkpoint_hooks(runner)), None)
 
 
-def _remove(hook: CheckpointHook, name: str) -> None:
-    if dist.is_main_process():
-        remove_checkpoint(hook, name)
-
-
-def _handled() -> dict[signal.Signals, PreemptionHook]:
-    """Return the signals that a hook has taken over in this process."""
-    owners = {
-        number: getattr(signal.getsignal(number), '__self__', None)
-        for number in map(signal.Signals.__getitem__, SIGNALS)
-    }
-    return {n: own for n, own in owners.items() if isinstance(own, PreemptionHook)}
+# The signals that a hook has taken over in this process, and what they did before.
+_taken: dict = {}
 
 
 def _before_fork() -> None:
     # Python forgets what reaches a child before it has the handlers of its own.
-    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handled())
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)
 
 
 def _after_fork(in_child: bool = False) -> None:
     """Let no child inherit the handlers: one that is told to end must end."""
-    for number, hook in _handled().items() if in_child else ():
-        signal.signal(number, hook._previous.get(number, signal.SIG_DFL))
+    if in_child:
+        _give_back()
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
+def _give_back() -> None:
+    while _taken:
+        signal.signal(*_taken.popitem())
 
 
 # The mask of signals belongs to the thread that forks.

@@ -47,11 +47,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
 class CheckWeightsHook(Hook):
     """Check the checkpoints of a run, and take published files as they are.
 
-    The Runner loads a checkpoint as far as names and shapes match and warns
-    about the rest. With this hook a backbone that is not all there stops the
-    run, and a published classifier gets the names of the model. Training may
-    start without neck and head; testing may not. Of models without ConvMLP only the
-    values are checked, but a run is resumed from its own model only, whatever that is.
+    The Runner loads a checkpoint as far as names and shapes match and warns about the
+    rest. With this hook a backbone that is not all there stops the run, and a published
+    classifier gets the names of the model. Training may start without neck and head;
+    testing may not. Of models without ConvMLP only the values are checked, but a run is
+    resumed from its own model only, whatever that is.
 
     Nothing in a checkpoint is acted upon: the configuration that toolkits up to 2021
     noted there, which the Runner would execute, is dropped, and so are the names of
@@ -78,9 +78,8 @@ class CheckWeightsHook(Hook):
             try:
                 check_resumable(checkpoint)
             except ValueError as error:
-                raise CheckpointError(
-                    f'checkpoint {name!r} cannot be resumed: {error}'
-                ) from error
+                message = f'checkpoint {name!r} cannot be resumed: {error}'
+                raise CheckpointError(message) from error
             # EMAHook has saved the average as the one, and the model as the other.
             for key in ('state_dict', 'ema_state_dict'):
                 # Without the count of EMAHook.
@@ -133,12 +132,11 @@ def needs_contiguous(model: nn.Module) -> str | None:
     Returns:
         str | None: The class, or None if every part takes any layout.
     """
-    children = dict(model.named_children())
-    own = 'data_preprocessor', 'backbone'
-    for part in (model, *(children[n] for n in children if n not in own)):
+    parts = {'': model, **dict(model.named_children())}
+    for name, part in parts.items():
         package = type(part).__module__.partition('.')[0]
         kind = f'{package}.{type(part).__name__}'
-        if kind not in ANY_LAYOUT:
+        if name not in ('data_preprocessor', 'backbone') and kind not in ANY_LAYOUT:
             return kind
     if OLD_TORCH and any(isinstance(m, nn.GroupNorm) for m in model.modules()):
         return 'torch.GroupNorm'
@@ -146,13 +144,9 @@ def needs_contiguous(model: nn.Module) -> str | None:
 
 
 def operator_of_mmcv(model: nn.Module) -> str | None:
-    """Name the first of mmcv's operators in a model; they take contiguous maps only.
+    """Name the first of mmcv's operators in a model, such as ``'mmcv.RoIAlign'``.
 
-    Args:
-        model (nn.Module): Any model.
-
-    Returns:
-        str | None: The class, such as ``'mmcv.RoIAlign'``, or None.
+    They take contiguous maps only. None stands for a model without any.
     """
     for module in model.modules():
         if type(module).__module__.startswith('mmcv.ops'):
@@ -165,8 +159,8 @@ def use_channels_last(model: nn.Module) -> bool:
 
     The images come to the backbone in that layout, so that its maps have it, and the
     weights of neck and head get it. The logits of mmseg's heads leave it in training:
-    the loss wants one map for each class, and would else copy them after they have
-    been enlarged to the size of the image, sixteen times as large.
+    the loss wants one map for each class, and would else copy them when they have been
+    enlarged to the size of the image, sixteen times as large.
 
     Args:
         model (nn.Module): It is changed, unless its backbone is another or
@@ -200,27 +194,19 @@ def _logits_for_loss(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor
 class ChannelsLastHook(Hook):
     """Let neck and head work in the layout that the backbone computes in.
 
-    A convolution of channels-last maps answers in channels-last, but has to bring
-    contiguous weights into that layout again in every forward, and its gradients
-    into that of the weights: 2.4 MB for each use of a 3x3 convolution of 256
-    channels, which the head of RetinaNet makes 40 times.
+    A convolution of channels-last maps would bring contiguous weights into that layout
+    in every forward, and their gradients back: 2.4 MB for each use of a 3x3 convolution
+    of 256 channels, which the head of RetinaNet makes 40 times.
 
-    Only necks and heads that have been shown to compute the same are changed (see
-    :func:`needs_contiguous`); all others get contiguous maps from the backbone, as if
-    the hook were not there.
+    Necks and heads that have not been shown to compute the same (see
+    :func:`needs_contiguous`) get contiguous maps, as without the hook.
     """
 
     # Before EMAHook copies the model.
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
-        """Change the layout of the model's weights in place.
-
-        DDP has made its buckets by then, with the strides of the old layout, and
-        would give wrong gradients of every changed weight: in the first step, and
-        with ``find_unused_parameters`` in all. It is therefore made again, around
-        the same parameters.
-        """
+        """Change the layout of the model's weights in place."""
         model = runner.model
         inner = _unwrap(model)
         if not isinstance(getattr(inner, 'backbone', None), ConvMLP):
@@ -234,36 +220,25 @@ class ChannelsLastHook(Hook):
             return
         layouts = [p.stride() for p in inner.parameters()]
         use_channels_last(inner)
-        # The loops of a runner call this hook once each.
+        # DDP has made its buckets with the strides of the old layout, and would give
+        # wrong gradients of every changed weight: in the first step, and with
+        # find_unused_parameters in all. It is made again, around the same parameters;
+        # but once, though each loop of a runner calls this hook.
         changed = layouts != [p.stride() for p in inner.parameters()]
         if changed and isinstance(model, DistributedDataParallel):
             wrapper = runner.cfg.get('model_wrapper_cfg')
             runner.model = runner.wrap_model(wrapper, model.module)
 
 
-def _inductor_options() -> dict:
-    """Return what torch 2.14 needs where outputs are views of unknown size.
-
-    Channels-last maps are; it fails to sort their strides in training.
-    """
-    from torch._inductor import config
-
-    name = 'strict_output_strides'
-    return {name: True} if hasattr(config, name) else {}
-
-
 @HOOKS.register_module()
 class CompileBackboneHook(Hook):
     """Compile the backbone where the configuration says ``compile``.
 
-    The key is mmengine's, which compiles ``train_step`` as a whole: of a detector
-    that is dozens of graphs, which are compiled again with each number of objects
-    until the compiler gives up, and nothing in a test. With this hook it is one
-    graph, of the backbone alone, in training and in testing. ``compile`` is True or
-    the arguments of ``torch.compile``.
-
-    The second size of images is compiled for all sizes (``dynamic`` of
-    ``torch.compile``), so that others need no graph of their own.
+    The key is mmengine's, which compiles ``train_step`` as a whole: of a detector that
+    is dozens of graphs, which are compiled again with each number of objects until the
+    compiler gives up, and nothing in a test. With this hook it is one graph, of the
+    backbone alone, in training and in testing, and from the second size of images on
+    one for all sizes. ``compile`` is True or the arguments of ``torch.compile``.
     """
 
     # Before EMAHook copies the model, and before mmengine looks for the key.
@@ -287,7 +262,13 @@ class CompileBackboneHook(Hook):
             return
         options = {} if options is True else dict(options)
         if options.get('backend', 'inductor') == 'inductor' and 'mode' not in options:
-            options['options'] = {**_inductor_options(), **options.get('options', {})}
+            from torch._inductor import config
+
+            # torch 2.14 fails to sort the strides of outputs that are views of unknown
+            # size in training, as channels-last maps are. Older ones have no such key.
+            key = 'strict_output_strides'
+            mend = {key: True} if hasattr(config, key) else {}
+            options['options'] = {**mend, **options.get('options', {})}
         backbone.compile(**options)
         runner.cfg.compile = None
         runner.logger.info(
@@ -309,9 +290,9 @@ def has_bfloat16() -> bool:
 class BFloat16OptimWrapper(OptimWrapper):
     """Train with ``torch.autocast`` in bfloat16, on a CPU too.
 
-    bfloat16 has the range of float32, so that no loss is scaled; that is all that
-    ``AmpOptimWrapper``, which refuses the CPU, has besides. The tools take this
-    wrapper on a CPU where ``AmpOptimWrapper`` has ``dtype='bfloat16'``.
+    bfloat16 has the range of float32, so that no loss is scaled as it is by
+    ``AmpOptimWrapper``, which refuses the CPU. The tools take this wrapper on a CPU
+    where that one has ``dtype='bfloat16'``.
     """
 
     @contextmanager

@@ -9,6 +9,7 @@ import math
 import os.path as osp
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import timedelta
 
 from mmengine.dist import get_world_size, is_distributed, is_main_process
@@ -108,50 +109,57 @@ class SummaryHook(Hook):
         """Draw the curves and log the summary, in the first process."""
         if not is_main_process():
             return
+        lines = ['Summary']
+        try:
+            for line in self._lines(runner):
+                lines.append(f'  {line}')
+        # The run is over and saved, whatever is wrong with its curves.
+        except Exception as error:
+            runner.logger.warning(f'The summary is cut short: {error!r}')
+        runner.logger.info('\n'.join(lines))
+
+    def _lines(self, runner: Runner) -> Iterator[str]:
         seconds = timedelta(seconds=round(time.monotonic() - self._start))
-        lines = [f'trained  {runner.iter - self._first} iterations in {seconds}']
-        batch = runner.train_dataloader.batch_sampler
+        yield f'trained  {runner.iter - self._first} iterations in {seconds}'
+        batch = getattr(runner.train_dataloader.batch_sampler, 'batch_size', None)
         times = runner.message_hub.log_scalars.get('train/time')
-        if times and getattr(batch, 'batch_size', None):
-            rate = batch.batch_size * get_world_size() / times.mean()
-            lines.append(f'speed    {rate:.1f} images/s')
+        if batch and times:
+            yield f'speed    {batch * get_world_size() / times.mean():.1f} images/s'
+
+        hooks, folder = checkpoint_hooks(runner), runner.work_dir
+        info = runner.message_hub.runtime_info
+        trained, validated = read_curves(folder)
         by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
         unit = 'epoch' if by_epoch else 'iteration'
-        trained, validated = read_curves(runner.work_dir)
-        hooks = checkpoint_hooks(runner)
-        info = runner.message_hub.runtime_info
         best = [key for key in info if key.startswith('best_score')]
         for key in best:
             name = key[len('best_score_') :] or hooks[0].key_indicators[0]
             path = info.get(key.replace('score', 'ckpt'))
-            lines.append(f'best     {name} {float(info[key]):.4f} in {path}')
+            yield f'best     {name} {float(info[key]):.4f} in {path}'
         headlines = _headlines(validated)
         if headlines and not best:
             name = headlines[0]
-            step, value = max(validated[name].items(), key=lambda item: item[1])
-            lines.append(f'best     {name} {value:.4f} after {unit} {step}')
+            step = max(validated[name], key=validated[name].get)
+            line = f'best     {name} {validated[name][step]:.4f} after {unit} {step}'
             for hook in hooks:
                 path = osp.join(str(hook.out_dir), hook.filename_tmpl.format(step))
-                lines[-1] += f' in {path}' if osp.exists(path) else ''
-        lines += [f'last     {hook.last_ckpt}' for hook in hooks if hook.last_ckpt]
-        lines.append(f'logs     {runner.log_dir}')
-        path = osp.join(runner.work_dir, 'curves.png')
-        try:
-            if trained:
-                title = osp.basename(osp.realpath(runner.work_dir))
-                write_file(path, draw_curves(trained, validated, unit, title), True)
-                lines.append(f'curves   {path}')
-        # The run is over and saved, whatever is wrong with the figure.
-        except Exception as error:
-            runner.logger.warning(f'{path} is not drawn: {error!r}')
-        runner.logger.info('\n  '.join(['Summary', *lines]))
+                line += f' in {path}' if osp.exists(path) else ''
+            yield line
+        for hook in hooks:
+            if hook.last_ckpt:
+                yield f'last     {hook.last_ckpt}'
+        yield f'logs     {runner.log_dir}'
+        if trained:
+            path, title = osp.join(folder, 'curves.png'), osp.basename(folder)
+            write_file(path, draw_curves(trained, validated, unit, title), True)
+            yield f'curves   {path}'
 
 
 def _headlines(curves: Curves) -> list[str]:
     return [n for h in HEADLINES for n in curves if n.rpartition('/')[2] == h]
 
 
-def read_curves(work_dir: str) -> tuple[Curves, Curves]:
+def read_curves(work_dir: str) -> list[Curves]:
     """Read what the runs in a work dir have logged.
 
     Args:
@@ -160,13 +168,13 @@ def read_curves(work_dir: str) -> tuple[Curves, Curves]:
             count.
 
     Returns:
-        tuple[Curves, Curves]: Values by name and step, those of training, whose steps
-        are iterations, and those of validation.
+        list[Curves]: Values by name and step: those of training, whose steps are
+        iterations, and those of validation.
     """
     trained, validated = defaultdict(dict), defaultdict(dict)
     pattern = osp.join(glob.escape(work_dir), '*', 'vis_data', 'scalars.json')
     for path in sorted(glob.glob(pattern)):
-        fresh = [trained, validated]
+        fresh = {True, False}
         with open(path, encoding='utf-8') as file:
             for line in file:
                 try:
@@ -175,16 +183,16 @@ def read_curves(work_dir: str) -> tuple[Curves, Curves]:
                 # A run that was killed may have left half a line.
                 except (ValueError, KeyError, AttributeError):
                     continue
-                curves = trained if 'iter' in values else validated
-                if curves in fresh:
-                    fresh.remove(curves)
-                    for curve in curves.values():
-                        for old in [s for s in curve if s >= step]:
-                            del curve[old]
+                is_training = 'iter' in values
+                curves = trained if is_training else validated
+                if is_training in fresh:
+                    fresh.remove(is_training)
+                    for name, curve in curves.items():
+                        curves[name] = {s: v for s, v in curve.items() if s < step}
                 for name, value in values.items():
                     if isinstance(value, (int, float)) and math.isfinite(value):
                         curves[name][step] = value
-    return trained, validated
+    return [{n: c for n, c in curves.items() if c} for curves in (trained, validated)]
 
 
 def draw_curves(trained: Curves, validated: Curves, unit: str, title: str) -> bytes:

@@ -90,6 +90,10 @@ class StepHook(Hook):
         hooks = [hook for hook in runner.hooks if isinstance(hook, StepHook)]
         if hooks[0] is self:
             average([x for hook in hooks for x in hook.numbers(runner, outputs)])
+        self.after_sharing(runner, batch_idx, data_batch)
+
+    def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
+        """Do what follows from the means; nothing by default."""
 
 
 @HOOKS.register_module()
@@ -129,19 +133,12 @@ class FiniteLossHook(StepHook):
         self._flags = torch.stack(flags).float()
         return [self._flags]
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: object = None,
-        outputs: object = None,
-    ) -> None:
+    def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
         """Look at the terms of the loss.
 
         Raises:
             FloatingPointError: If one of them, in any process, is NaN or Inf.
         """
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
         infinite, nan = (self._flags > 0).tolist()
         again, self._was_infinite = self._was_infinite, infinite
         if not infinite and not nan:
@@ -195,11 +192,11 @@ def _scales(runner: Runner) -> bool:
 def _image_names(batch: object) -> list[str]:
     """Name the images of a batch, in its order or that of a detector's branches."""
     if hasattr(batch, 'metainfo'):
-        keys = 'img_path', 'img_id', 'sample_idx'
-        found = [(key, batch.metainfo.get(key)) for key in keys]
-        found = [pair for pair in found if pair[1] is not None]
-        key, name = found[0] if found else ('one without', 'a name')
-        return [str(name) if key == 'img_path' else f'{key} {name}']
+        for key in ('img_path', 'img_id', 'sample_idx'):
+            name = batch.metainfo.get(key)
+            if name is not None:
+                return [str(name) if key == 'img_path' else f'{key} {name}']
+        return ['one without a name']
     if isinstance(batch, dict):
         return _image_names(batch.get('data_samples', list(batch.values())))
     parts = batch if isinstance(batch, (list, tuple)) else ()
@@ -285,8 +282,8 @@ class PreemptionHook(StepHook):
     def _take_signals(self) -> None:
         for number in self.signals:
             # It is None for a handler that Python does not know.
-            former = signal.signal(number, self._note) or signal.SIG_DFL
-            _taken.setdefault(number, former)
+            _taken.setdefault(number, signal.getsignal(number) or signal.SIG_DFL)
+            signal.signal(number, self._note)
 
     def before_train(self, runner: Runner) -> None:
         """Let the workers of the training ignore the signals."""
@@ -306,19 +303,12 @@ class PreemptionHook(StepHook):
         self._flag = torch.full((1,), float(self._asked))
         return [self._flag]
 
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: object = None,
-        outputs: object = None,
-    ) -> None:
+    def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
         """Stop here if any process was asked to.
 
         Raises:
             SystemExit: With the code ``PREEMPTED``, after saving.
         """
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
         self._remove_superseded(runner)
         if self._flag == 0 or self.is_last_train_iter(runner):
             return
@@ -428,8 +418,9 @@ def _after_fork(in_child: bool = False) -> None:
 
 
 def _give_back() -> None:
-    while _taken:
-        signal.signal(*_taken.popitem())
+    for number, handler in _taken.items():
+        signal.signal(number, handler)
+    _taken.clear()
 
 
 # The mask of signals belongs to the thread that forks.

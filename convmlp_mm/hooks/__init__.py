@@ -2,15 +2,14 @@
 
 from .agreement import AgreementHook
 from .check_data import CheckDataHook
-from .checkpoint import SafeCheckpointHook
-from .exact_resume import ExactResumeHook
-from .latest import find_latest_checkpoint
+from .checkpoint import SafeCheckpointHook, find_latest_checkpoint
 from .model import (
     BFloat16OptimWrapper,
     ChannelsLastHook,
     CheckWeightsHook,
     CompileBackboneHook,
 )
+from .resume import ExactResumeHook
 from .statistics import MainProcessLoggerHook, SummaryHook, SyncStatisticsHook
 from .stop import FiniteLossHook, PreemptionHook
 

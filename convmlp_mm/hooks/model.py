@@ -25,8 +25,7 @@ from ..checkpoint import (
 )
 from ..convmlp import ConvMLP
 from ._mmengine import is_resumed, is_training, load_from
-from .latest import check_resumable, named_checkpoint
-from .saving import keep_own_files
+from .checkpoint import check_resumable, keep_own_files, named_checkpoint
 
 __all__ = [
     'BFloat16OptimWrapper',

@@ -21,7 +21,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import write_file
-from .saving import checkpoint_hooks
+from .checkpoint import checkpoint_hooks
 from .stop import StepHook
 
 __all__ = ['MainProcessLoggerHook', 'SummaryHook', 'SyncStatisticsHook']

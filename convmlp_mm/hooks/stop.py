@@ -26,9 +26,8 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import find_not_finite, some_of
 from ._mmengine import is_training, save_now
-from .latest import named_checkpoint
-from .saving import PREEMPTED_FILE as KEY
-from .saving import checkpoint_hooks, remove_checkpoint
+from .checkpoint import PREEMPTED_FILE as KEY
+from .checkpoint import checkpoint_hooks, named_checkpoint, remove_checkpoint
 from .work_dir import work_dir_lock
 
 __all__ = ['PREEMPTED', 'FiniteLossHook', 'PreemptionHook', 'StepHook', 'average']

@@ -1,7 +1,7 @@
 """Predict folders of images with the inferencers of the toolkits.
 
-What the inferencers lack for that: an unreadable file does not end the run,
-results keep the names of the images, and files are in formats that others read.
+What the inferencers lack for that: an unreadable file does not end the run, results
+keep the names of the images, and files are in formats that others read.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .results import labels_of
-
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
     from mmengine.structures import BaseDataElement
 
 __all__ = [
+    'Predictor',
+    'labels_of',
     'list_images',
     'name_outputs',
-    'predict',
+    'predictor_of',
     'read_whole_image',
 ]
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-# Pictures of classifiers are enlarged to this short side, so that text fits on them.
+# COCO numbers its 80 classes from 1 to 90 and leaves these out.
+UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+# Images of classifiers are drawn with this short side, so that text fits on them.
 CLASSIFIED_SIDE = 320
 # Bytes of a file name, without what write_file and the ending add to it.
 MAX_NAME = 230
@@ -94,59 +96,209 @@ def read_whole_image(path: str) -> np.ndarray:
     return pixels
 
 
-def predict(
-    inferencer: BaseInferencer, images: list[str], score_thr: float
-) -> Iterator[tuple[BaseDataElement, np.ndarray]]:
-    """Predict one batch of images.
+class Predictor:
+    """Predict images, draw them, and collect the content of ``results.json``.
 
     Args:
         inferencer (BaseInferencer): See :func:`convmlp_mm.get_inferencer`.
-        images (list[str]): Their paths.
-        score_thr (float): Lowest score of the detections that are drawn.
-
-    Yields:
-        tuple[BaseDataElement, np.ndarray]: The prediction as the toolkit
-        gives it, and a picture of it, (H, W, 3), RGB, uint8; or None, if there are
-        numbers in it that are not finite.
+        score_thr (float): Lowest score of the detections that are drawn and kept.
     """
-    scope = inferencer.model.cfg.default_scope
-    samples = []
-    for data in inferencer.preprocess(images, batch_size=len(images)):
-        samples += inferencer.forward(data[1] if scope == 'mmdet' else data)
-    every, finite = samples, list(map(is_finite, samples))
-    # No visualizer draws the others.
-    images, samples = (list(compress(x, finite)) for x in (images, samples))
-    if scope == 'mmpretrain':
-        if inferencer.visualizer is None:
-            # As the inferencer itself does where it draws.
+
+    # The list of predictions in the file, and whether a batch may mix sizes.
+    key, mixes_sizes = 'predictions', False
+
+    def __init__(self, inferencer: BaseInferencer, score_thr: float) -> None:
+        self.inferencer, self.score_thr = inferencer, score_thr
+        self.classes = list(inferencer.model.dataset_meta.get('classes') or ())
+        self.images, self.predictions, self.skipped = [], [], []
+        self.ids = self.category_ids()
+
+    def predict(
+        self, images: list[str]
+    ) -> Iterator[tuple[BaseDataElement, np.ndarray | None]]:
+        """Predict one batch of images, named by their paths.
+
+        Yields:
+            tuple[BaseDataElement, np.ndarray | None]: The prediction as the toolkit
+            gives it, and a drawing of it, (H, W, 3), RGB, uint8; None if there are
+            numbers in it that are not finite.
+        """
+        samples = []
+        for data in self.inferencer.preprocess(images, batch_size=len(images)):
+            samples += self.forward(data)
+        finite = list(map(is_finite, samples))
+        # Visualizers fail at the others.
+        drawn = iter(self.draw(*(list(compress(x, finite)) for x in (images, samples))))
+        for sample, is_drawn in zip(samples, finite):
+            yield sample, next(drawn) if is_drawn else None
+
+    def add(
+        self,
+        name: str,
+        size: tuple[int, int],
+        sample: BaseDataElement,
+        label_map: str,
+        drawn: str,
+    ) -> None:
+        """Add the prediction of an image to the results.
+
+        Args:
+            name (str): Its name in the folder.
+            size (tuple[int, int]): Height and width in pixels.
+            sample (BaseDataElement): The prediction.
+            label_map (str): The file of a segmentor's label map.
+            drawn (str): The file that shows the prediction.
+        """
+        image = dict(id=len(self.images) + 1, file_name=name, picture=drawn)
+        self.images.append(dict(image, height=int(size[0]), width=int(size[1])))
+        for record in self.describe(sample, label_map):
+            self.predictions.append(dict(image_id=image['id'], **record))
+
+    def content(self, **info: object) -> dict:
+        """Return what ``results.json`` will hold."""
+        categories = [dict(id=i, name=name) for i, name in zip(self.ids, self.classes)]
+        return dict(
+            info=info,
+            images=self.images,
+            categories=categories,
+            skipped=self.skipped,
+            **{self.key: self.predictions},
+        )
+
+    def category_ids(self) -> list[int]:
+        """Return the numbers of the classes in the file."""
+        return list(range(len(self.classes)))
+
+    def forward(self, data: object) -> list[BaseDataElement]:
+        """Predict what the inferencer has preprocessed."""
+        return self.inferencer.forward(data)
+
+    def draw(
+        self, images: list[str], samples: list[BaseDataElement]
+    ) -> list[np.ndarray]:
+        """Draw predictions on their images."""
+        raise NotImplementedError
+
+    def describe(self, sample: BaseDataElement, label_map: str) -> list[dict]:
+        """Return the records of one image for the file."""
+        raise NotImplementedError
+
+
+class ClassificationPredictor(Predictor):
+    """The five most probable classes of each image."""
+
+    mixes_sizes = True
+
+    def draw(self, images, samples):
+        if self.inferencer.visualizer is None:
+            # The inferencer itself builds it only where it draws.
             from mmpretrain.visualization import UniversalVisualizer
 
-            inferencer.visualizer = UniversalVisualizer()
-        pictures = [
-            inferencer.visualizer.visualize_cls(
+            self.inferencer.visualizer = UniversalVisualizer()
+        return [
+            self.inferencer.visualizer.visualize_cls(
                 mmcv.imread(image, channel_order='rgb'),
                 sample,
-                classes=inferencer.classes,
+                classes=self.inferencer.classes,
                 resize=CLASSIFIED_SIDE,
                 draw_gt=False,
             )
             for image, sample in zip(images, samples)
         ]
-    elif scope == 'mmdet':
-        pictures = inferencer.visualize(
-            images, samples, return_vis=True, pred_score_thr=score_thr
+
+    def describe(self, sample, label_map):
+        scores, labels = sample.pred_score.topk(min(5, len(sample.pred_score)))
+        top = [
+            dict(category_id=i, score=s)
+            for i, s in zip(labels.tolist(), scores.tolist())
+        ]
+        for entry in top:
+            if entry['category_id'] < len(self.classes):
+                entry['name'] = self.classes[entry['category_id']]
+        return [dict(**top[0], top5=top)]
+
+
+class DetectionPredictor(Predictor):
+    """Boxes as x, y, width, height and run-length encoded masks, as COCO has them."""
+
+    key = 'annotations'
+
+    def category_ids(self):
+        from mmdet.datasets import CocoDataset
+
+        if tuple(self.classes) == tuple(CocoDataset.METAINFO['classes']):
+            return [i for i in range(1, 91) if i not in UNUSED_COCO_IDS]
+        return list(range(1, len(self.classes) + 1))
+
+    def forward(self, data):
+        return self.inferencer.forward(data[1])
+
+    def draw(self, images, samples):
+        return self.inferencer.visualize(
+            images, samples, return_vis=True, pred_score_thr=self.score_thr
         )
-    else:
-        pictures = inferencer.visualize(
+
+    def describe(self, sample, label_map):
+        from mmdet.structures.mask import encode_mask_results
+
+        found = sample.pred_instances
+        found = found[found.scores >= self.score_thr].cpu().numpy()
+        records = []
+        for i, (x1, y1, x2, y2) in enumerate(found.bboxes.tolist()):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            record = dict(
+                id=len(self.predictions) + i + 1,
+                category_id=self.ids[int(found.labels[i])],
+                bbox=[round(value, 2) for value in box],
+                area=round(box[2] * box[3], 2),
+                score=round(float(found.scores[i]), 5),
+                iscrowd=0,
+            )
+            if 'masks' in found:
+                (mask,) = encode_mask_results([found.masks[i]])
+                size = list(map(int, mask['size']))
+                record['segmentation'] = dict(size=size, counts=mask['counts'].decode())
+                record['area'] = int(found.masks[i].sum())
+            records.append(record)
+        return records
+
+
+class SegmentationPredictor(Predictor):
+    """The share of each class; the label maps are files of their own."""
+
+    def draw(self, images, samples):
+        drawn = self.inferencer.visualize(
             images, samples, return_vis=True, opacity=0.6, with_labels=False
         )
-        pictures = [
-            add_legend(picture, *legend_of(inferencer, sample))
-            for picture, sample in zip(pictures, samples)
-        ]
-    pictures = iter(pictures)
-    for sample, drawn in zip(every, finite):
-        yield sample, next(pictures) if drawn else None
+        palette = self.inferencer.visualizer.dataset_meta['palette']
+        for i, sample in enumerate(samples):
+            labels, counts = np.unique(labels_of(sample), return_counts=True)
+            order = np.argsort(-counts, kind='stable')
+            shares = 100 * counts / counts.sum()
+            percents = [f'{s:.1f} %' if s >= 0.1 else '< 0.1 %' for s in shares]
+            texts = [f'{self.classes[labels[k]]}  {percents[k]}' for k in order]
+            drawn[i] = add_legend(drawn[i], texts, [palette[labels[k]] for k in order])
+        return drawn
+
+    def describe(self, sample, label_map):
+        found, counts = np.unique(labels_of(sample), return_counts=True)
+        names = [self.classes[label] for label in found]
+        return [dict(label_map=label_map, pixels=dict(zip(names, counts.tolist())))]
+
+
+def predictor_of(inferencer: BaseInferencer, score_thr: float) -> Predictor:
+    """Return the :class:`Predictor` for the toolkit of an inferencer."""
+    kinds = dict(
+        mmpretrain=ClassificationPredictor,
+        mmdet=DetectionPredictor,
+        mmseg=SegmentationPredictor,
+    )
+    return kinds[inferencer.model.cfg.default_scope](inferencer, score_thr)
+
+
+def labels_of(sample: BaseDataElement) -> np.ndarray:
+    """Return the classes of the pixels, (H, W), that a segmentor has predicted."""
+    return sample.pred_sem_seg.data[0].cpu().numpy()
 
 
 def is_finite(sample: BaseDataElement) -> bool:
@@ -165,33 +317,20 @@ def is_finite(sample: BaseDataElement) -> bool:
     return True
 
 
-def legend_of(
-    inferencer: BaseInferencer, sample: BaseDataElement
-) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Name what a label map shows, with its share, the largest first."""
-    meta = inferencer.visualizer.dataset_meta
-    labels, counts = np.unique(labels_of(sample), return_counts=True)
-    order = np.argsort(-counts, kind='stable')
-    shares = counts / counts.sum()
-    percents = [f'{100 * s:.1f} %' if s >= 0.001 else '< 0.1 %' for s in shares]
-    texts = [f'{meta["classes"][labels[i]]}  {percents[i]}' for i in order]
-    return texts, [tuple(meta['palette'][labels[i]]) for i in order]
-
-
 def add_legend(
-    picture: np.ndarray, texts: list[str], colours: list[tuple[int, int, int]]
+    drawn: np.ndarray, texts: list[str], colours: list[tuple[int, int, int]]
 ) -> np.ndarray:
-    """Put names and colours to the right of a picture.
+    """Put names and colours to the right of a drawn.
 
     Args:
-        picture (np.ndarray): (H, W, 3), RGB, uint8.
+        drawn (np.ndarray): (H, W, 3), RGB, uint8.
         texts (list[str]): What to write; what does not fit is counted.
         colours (list[tuple]): RGB.
 
     Returns:
         np.ndarray: (H, W + legend, 3).
     """
-    height = len(picture)
+    height = len(drawn)
     size = int(np.clip(height / 30, 11, 24))
     line = round(1.5 * size)
     room = max(1, height // line)
@@ -204,9 +343,11 @@ def add_legend(
     draw = ImageDraw.Draw(panel)
     for i, (text, colour) in enumerate(zip(texts, colours)):
         top = i * line + (line - size) // 2
-        draw.rectangle((size // 2, top, size // 2 + size, top + size), fill=colour)
+        draw.rectangle(
+            (size // 2, top, size // 2 + size, top + size), fill=tuple(colour)
+        )
         draw.text((2 * size, i * line + line // 2), text, 'black', font, anchor='lm')
-    return np.concatenate([picture, np.asarray(panel)], axis=1)
+    return np.concatenate([drawn, np.asarray(panel)], axis=1)
 
 
 def name_outputs(images: list[str], root: str) -> dict[str, str]:

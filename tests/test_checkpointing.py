@@ -21,8 +21,7 @@ from mmengine.runner import Runner
 from tiny import full_disk
 from torch.utils.data import Dataset
 
-from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.files import remove_leftovers
+from convmlp_mm.checkpoint import read_checkpoint, remove_leftovers
 from convmlp_mm.hooks import SafeCheckpointHook, find_latest_checkpoint
 from convmlp_mm.hooks.checkpoint import (
     AtomicLocalBackend,

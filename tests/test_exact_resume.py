@@ -24,7 +24,7 @@ from convmlp_mm import (
     SafeCheckpointHook,
     SummaryHook,
 )
-from convmlp_mm.checkpoint_io import read_checkpoint
+from convmlp_mm.checkpoint import read_checkpoint
 from convmlp_mm.hooks.resume import get_random_state, set_random_state
 
 TINY = dict(

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -47,3 +48,8 @@ def test_wrapper_of_the_optimizer_counts_batches(wrapper):
         )
 
     assert _mmengine.accumulative_counts(Owner) == 3
+
+
+def test_checkpoint_hook_saves_when_it_is_told_to():
+    parameters = inspect.signature(CheckpointHook._save_checkpoint_with_step).parameters
+    assert list(parameters) == ['self', 'runner', 'step', 'meta']

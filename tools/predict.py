@@ -19,18 +19,17 @@ from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
 from convmlp_mm.apis import switch_to_deploy
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.predict import (
+    labels_of,
     list_images,
     name_outputs,
-    predict,
+    predictor_of,
     read_whole_image,
 )
-from convmlp_mm.results import RESULTS, labels_of
-from convmlp_mm.zoo import published_weights
+from convmlp_mm.zoo import find_config, published_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,8 +116,7 @@ def main() -> int:
         os.makedirs(args.out, exist_ok=True)
     root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
     names = name_outputs(images, root)
-    scope = cfg.default_scope
-    results = RESULTS[scope](inferencer, args.score_thr)
+    results = predictor_of(inferencer, args.score_thr)
     bar = ProgressBar(len(images), file=sys.stderr) if len(images) > 1 else None
 
     def skip(path: str, error: Exception) -> None:
@@ -128,16 +126,15 @@ def main() -> int:
         if bar:
             bar.update()
 
-    for batch, sizes in batches(images, args.batch_size, scope == 'mmpretrain', skip):
-        predicted = predict(inferencer, batch, args.score_thr)
-        for path, size, (sample, picture) in zip(batch, sizes, predicted):
+    for batch, sizes in batches(images, args.batch_size, results.mixes_sizes, skip):
+        for path, size, (sample, picture) in zip(batch, sizes, results.predict(batch)):
             label_map = f'label_maps/{names[path]}.png'
             drawn = f'vis/{names[path]}.jpg'
             try:
                 if picture is None:
                     raise ValueError('the prediction has numbers that are not finite')
                 save_image(osp.join(args.out, drawn), picture)
-                if scope == 'mmseg':
+                if cfg.default_scope == 'mmseg':
                     labels = labels_of(sample)
                     # Label maps of more than 256 classes need 16 bits.
                     kind = 'uint8' if len(results.classes) <= 256 else 'uint16'

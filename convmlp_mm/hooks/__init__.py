@@ -3,14 +3,15 @@
 from .agreement import AgreementHook
 from .check_data import CheckDataHook
 from .checkpoint import SafeCheckpointHook, find_latest_checkpoint
-from .distributed import OneMetricsFileHook, SyncStatisticsHook
-from .finite_loss import FiniteLossHook
-from .mixed_precision import BFloat16OptimWrapper
-from .model import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
-from .preemption import PreemptionHook
+from .model import (
+    BFloat16OptimWrapper,
+    ChannelsLastHook,
+    CheckWeightsHook,
+    CompileBackboneHook,
+)
 from .resume import ExactResumeHook
-from .summary import SummaryHook
-from .tracking import SafeLogHook, TensorBoardHook
+from .statistics import MainProcessLoggerHook, SummaryHook, SyncStatisticsHook
+from .stop import FiniteLossHook, PreemptionHook
 
 __all__ = [
     'AgreementHook',
@@ -21,12 +22,10 @@ __all__ = [
     'CompileBackboneHook',
     'ExactResumeHook',
     'FiniteLossHook',
-    'OneMetricsFileHook',
+    'MainProcessLoggerHook',
     'PreemptionHook',
     'SafeCheckpointHook',
-    'SafeLogHook',
     'SummaryHook',
     'SyncStatisticsHook',
-    'TensorBoardHook',
     'find_latest_checkpoint',
 ]

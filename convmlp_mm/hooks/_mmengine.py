@@ -6,6 +6,7 @@ Each function says what mmengine offers no public way for. When the engine moves
 
 from __future__ import annotations
 
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, Runner
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     'is_resumed',
     'is_training',
     'load_from',
+    'save_now',
     'set_start',
     'train_loader_settings',
 ]
@@ -58,3 +60,9 @@ def train_loader_settings(runner: Runner) -> object:
 def accumulative_counts(runner: Runner) -> int:
     """Return how many batches make a step; 1 for wrappers of several optimizers."""
     return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+
+
+def save_now(hook: CheckpointHook, runner: Runner, epoch: int, iteration: int) -> None:
+    """Let a CheckpointHook save the iteration at a moment that it would not choose."""
+    meta = dict(epoch=epoch, iter=iteration)
+    hook._save_checkpoint_with_step(runner, iteration, meta=meta)

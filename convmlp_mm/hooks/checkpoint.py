@@ -25,9 +25,13 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, Runner
 
-from ..checkpoint_io import HASH_IN_NAME, read_checkpoint
-from ..files import remove_leftovers, write_file
-from ..weights import find_not_finite
+from ..checkpoint import (
+    HASH_IN_NAME,
+    find_not_finite,
+    read_checkpoint,
+    remove_leftovers,
+    write_file,
+)
 from ._mmengine import is_loaded, is_resumed, is_training, load_from, set_start
 from .resume import KEY, check_state
 from .work_dir import KEY as LAUNCH

@@ -23,7 +23,8 @@ from toy import LENGTH, write_config
 
 from convmlp_mm import ConvMLP, checkpoint
 from convmlp_mm.checkpoint import fit_checkpoint, read_checkpoint
-from convmlp_mm.hooks import find_latest_checkpoint, latest
+from convmlp_mm.hooks import checkpoint as saving
+from convmlp_mm.hooks import find_latest_checkpoint
 
 # Files
 
@@ -675,7 +676,7 @@ def test_malformed_checkpoint_is_named_and_the_one_before_is_taken(
     change(work / 'epoch_2.pth', spoil)
     os.utime(work / 'epoch_1.pth', (0, 0))
     lines = []
-    monkeypatch.setattr(latest, 'print_log', lambda line, **_: lines.append(line))
+    monkeypatch.setattr(saving, 'print_log', lambda line, **_: lines.append(line))
     assert find_latest_checkpoint(work) == str(work / 'epoch_1.pth')
     (line,) = lines
     assert words in line

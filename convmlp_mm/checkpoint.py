@@ -130,11 +130,8 @@ def remove_leftovers(folder: str | os.PathLike) -> list[str]:
 
 def hash_file(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits."""
-    sha256 = hashlib.sha256()
     with open(path, 'rb') as file:
-        while chunk := file.read(2**20):
-            sha256.update(chunk)
-    return sha256.hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 # Reading: a checkpoint is data, and nothing that it names is run.
@@ -192,9 +189,9 @@ class _Skipped:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Does what ``weights_only=True`` does, for torch before 2.5, whose list is closed.
+    """Stands in for torch's own, which before 2.6 has a closed list of what is allowed.
 
-    It can also leave out what is not allowed, which torch's own cannot.
+    It can also leave out what is not allowed.
     """
 
     # Bytes of each entry of the archive; names of what was left out, if it may be.
@@ -273,7 +270,9 @@ def _load_safely(
     if not sizes:
         # A file of the disk would also be tried as a tar archive, and unpacked.
         file = io.BytesIO(file.read())
-    if skipped is None and hasattr(torch.serialization, 'safe_globals'):
+    # Names for what is allowed came with this function, in torch 2.6.
+    has_names = hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint')
+    if skipped is None and has_names:
         allowed = [(value, key) for key, value in _allowed_globals().items()]
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location=map_location, weights_only=True)
@@ -471,8 +470,8 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
     def whole(value: object) -> object:
         if isinstance(value, Mapping):
             return {key: whole(item) for key, item in value.items()}
-        # All of the memory would be saved that a tensor is a part of, and of an
-        # expanded one the memory is all that there is.
+        # torch saves all of the memory that a part of a larger tensor lies in, so that
+        # a part is copied. An expanded tensor, larger than its memory, is not.
         if isinstance(value, Tensor):
             value = value.detach()
             stored = value.untyped_storage().nbytes()

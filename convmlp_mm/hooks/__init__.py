@@ -1,8 +1,8 @@
 """What mmengine's Runner lacks: hooks that a configuration lists and can drop."""
 
 from .agreement import AgreementHook
-from .check_data import CheckDataHook
 from .checkpoint import SafeCheckpointHook
+from .data import CheckDataHook
 from .distributed import OneMetricsFileHook, SyncStatisticsHook
 from .exact_resume import ExactResumeHook
 from .finite_loss import FiniteLossHook

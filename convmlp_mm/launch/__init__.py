@@ -5,7 +5,7 @@ lines. These functions are the part that they have in common, with the checks
 that users otherwise meet as a stack trace from every process.
 """
 
-from .checks import check_checkpoint, check_data, check_gpus
+from .checks import check_checkpoint, check_data, check_gpus, naming_data
 from .errors import closing_group, final_mistakes, one_line_errors
 from .options import (
     add_cfg_options,
@@ -35,6 +35,7 @@ __all__ = [
     'load_config',
     'lock_of_training',
     'merge_options',
+    'naming_data',
     'one_line_errors',
     'plain_optim_wrapper',
     'read_slurm',

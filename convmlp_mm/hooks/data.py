@@ -1,4 +1,4 @@
-"""Check the data that a run reads: once before it, and each file when it is read."""
+"""Check the data of a run: once before it, and each file when it is read."""
 
 from __future__ import annotations
 
@@ -9,71 +9,92 @@ import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from ..convmlp import ConvMLP
-from .model import _unwrap
+from .model import unwrap_model
 
-__all__ = ['CheckDataHook']
+__all__ = ['CheckDataHook', 'check_heads', 'check_neck', 'walk_datasets']
 
 # Where the models of the three toolkits have what predicts the classes.
 HEADS = ('head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
 HEADS += ('roi_head.bbox_head', 'roi_head.mask_head')
-# Of models whose heads compare with texts, and have no classes of their own.
-OF_TEXT = ('language_model', 'text_encoder')
+# Models with one of these compare with texts and have no classes of their own.
+TEXT_PARTS = ('language_model', 'text_encoder')
 # How whole files of these formats begin and end.
 ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
+
+
+def walk_datasets(dataset: object, key: str = 'dataset') -> Iterator[tuple]:
+    """Find the data sets in wrappers such as RepeatDataset and ConcatDataset.
+
+    Args:
+        dataset (object): A data set, or its section of a configuration.
+        key (str): Its name in the configuration.
+
+    Yields:
+        tuple[str, object]: The name and the data set or section of each that wraps
+        no other.
+    """
+
+    def get(name: str) -> object:
+        if isinstance(dataset, dict):
+            return dataset.get(name)
+        return getattr(dataset, name, None)
+
+    inner = {name: get(name) for name in ('dataset', '_dataset')}
+    inner.update(
+        (f'datasets.{i}', part) for i, part in enumerate(get('datasets') or [])
+    )
+    inner = {name: part for name, part in inner.items() if part is not None}
+    if not inner:
+        yield key, dataset
+    for name, part in inner.items():
+        yield from walk_datasets(part, f'{key}.{name}')
 
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
     """Check that data and model belong together, and that files are whole.
 
-    Before the run, the heads must have as many classes as the data sets, which must
-    not be empty. During the run an image, label map or label that cannot be used
+    Before the first step, the heads must have as many classes as the data sets, which
+    must not be empty. During the run an image, label map or label that cannot be used
     stops it with the name of the file: OpenCV pads what a cut JPEG lacks in grey, and
     a label beyond the classes ends in an assertion of the GPU, long afterwards.
+
+    All of it raises a ValueError. mmdet's ``NumClassCheckHook`` and mmpretrain's
+    ``ClassNumCheckHook`` refuse heads that count other classes for a reason, and mmseg
+    has none.
     """
 
-    def before_run(self, runner: Runner) -> None:
-        """Check the data sets of the loops, and watch what they load.
+    def before_train(self, runner: Runner) -> None:
+        """Check what trains, and what will validate, before an epoch is spent."""
+        _check(runner.model, runner.train_dataloader.dataset, 'train')
+        if runner.val_loop is not None:
+            self.before_val(runner)
 
-        Args:
-            runner (Runner): The runner.
+    def before_val(self, runner: Runner) -> None:
+        """Check what validates."""
+        _check(runner.model, runner.val_dataloader.dataset, 'val')
 
-        Raises:
-            ValueError: If a data set is empty, the number of classes of a head is
-                not that of a data set, or the neck takes other channels than the
-                backbone gives.
-        """
-        model = _unwrap(runner.model)
-        _check_neck(model)
-        for split in ('train', 'val', 'test'):
-            loop = getattr(runner, f'_{split}_loop')
-            if not isinstance(loop, BaseLoop):
-                continue
-            for dataset in _leaves(loop.dataloader.dataset):
-                classes = _classes(dataset, split)
-                _check_heads(model, classes, dataset, split)
-                _watch(dataset, classes)
+    def before_test(self, runner: Runner) -> None:
+        """Check what tests."""
+        _check(runner.model, runner.test_dataloader.dataset, 'test')
 
 
-def _leaves(dataset: object) -> Iterator[object]:
-    """Find the data sets in wrappers such as RepeatDataset and ConcatDataset."""
-    inner = [getattr(dataset, key, None) for key in ('dataset', '_dataset')]
-    inner = [part for part in inner if part is not None]
-    inner = inner or list(getattr(dataset, 'datasets', []))
-    if not inner:
-        yield dataset
-    for part in inner:
-        yield from _leaves(part)
+def _check(model: nn.Module, dataset: object, split: str) -> None:
+    model = unwrap_model(model)
+    check_neck(model)
+    for key, leaf in walk_datasets(dataset, f'{split}_dataloader.dataset'):
+        classes = _classes(leaf, key)
+        check_heads(model, classes, leaf, key)
+        _watch(leaf, classes)
 
 
-def _classes(dataset: object, split: str) -> list[str]:
+def _classes(dataset: object, key: str) -> list[str]:
     """Return the names of the classes, an empty list if there are none."""
-    key = f'{split}_dataloader.dataset'
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
     if isinstance(classes, str):
         raise ValueError(
@@ -82,10 +103,23 @@ def _classes(dataset: object, split: str) -> list[str]:
     # An endless sampler would look for the first image for ever.
     if hasattr(dataset, '__len__') and not len(dataset):
         raise ValueError(f'{key} ({type(dataset).__name__}) has no images')
-    return list(classes or [])
+    classes = list(classes or [])
+    # mmdet drops the objects of a class that it does not find by its name.
+    found = getattr(dataset, 'cat_ids', None)
+    if found is not None and len(found) < len(classes):
+        raise ValueError(
+            f'{key} has {len(classes)} names in metainfo.classes, but its annotation '
+            f'file has only {len(found)} categories with such a name'
+        )
+    return classes
 
 
-def _check_neck(model: nn.Module) -> None:
+def check_neck(model: nn.Module) -> None:
+    """Check that the neck takes the channels that a ConvMLP gives.
+
+    Raises:
+        ValueError: If it does not.
+    """
     backbone = getattr(model, 'backbone', None)
     taken = getattr(getattr(model, 'neck', None), 'in_channels', None)
     if not isinstance(backbone, ConvMLP) or not isinstance(taken, (list, tuple)):
@@ -107,48 +141,56 @@ def _check_neck(model: nn.Module) -> None:
         model.train(training)
 
 
-def _check_heads(
-    model: nn.Module, classes: list[str], dataset: object, split: str
-) -> None:
-    if not classes or any(getattr(model, name, None) for name in OF_TEXT):
+def check_heads(model: nn.Module, classes: list, dataset: object, key: str) -> None:
+    """Check that the heads have as many classes as a data set.
+
+    Args:
+        model (nn.Module): Model of a toolkit.
+        classes (list[str]): Names of the classes; without any, nothing is checked.
+        dataset (object): The data set; heads may also count its ``thing_classes``.
+        key (str): Its name in the configuration.
+
+    Raises:
+        ValueError: If a head has another number.
+    """
+    if not classes or any(getattr(model, name, None) for name in TEXT_PARTS):
         return
-    allowed = {len(classes)}
-    # Of panoptic data, some heads see the things only.
+    # In panoptic data, some heads see the things only.
     things = (getattr(dataset, 'metainfo', None) or {}).get('thing_classes')
-    if things:
-        allowed.add(len(things))
+    allowed = {len(classes), len(things or classes)}
     for path in HEADS:
         head = model
         for name in path.split('.'):
             head = getattr(head, name, None)
         for part in head if isinstance(head, nn.ModuleList) else [head]:
-            # Its two classes are edges and the rest.
+            # The two classes of this one are edges and the rest.
             if type(part).__name__ == 'STDCHead':
                 continue
             number = getattr(part, 'num_classes', None)
             if isinstance(number, int) and number not in allowed:
+                names = ', '.join(classes[:5]) + (', ...' if classes[5:] else '')
                 raise ValueError(
-                    f'model.{path}.num_classes is {number}, but '
-                    f'{split}_dataloader.dataset ({type(dataset).__name__}) has '
-                    f'{len(classes)} classes: {_shorten(classes)}'
+                    f'model.{path}.num_classes is {number}, but {key} '
+                    f'({type(dataset).__name__}) has {len(classes)} classes: {names}'
                 )
 
 
-def _shorten(names: list[str]) -> str:
-    return ', '.join(names[:5]) + (', ...' if names[5:] else '')
-
-
 def _watch(dataset: object, classes: list[str]) -> None:
-    """Put :class:`_Watched` around the transforms."""
     transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', None)
     ignored = getattr(dataset, 'ignore_index', 255)
     for i, transform in enumerate(transforms or []):
-        if not isinstance(transform, _Watched):
-            transforms[i] = _Watched(transform, len(classes), ignored)
+        if not isinstance(transform, WatchedTransform):
+            transforms[i] = WatchedTransform(transform, len(classes), ignored)
 
 
-class _Watched:
-    """A transform whose errors name the image, and whose results are checked."""
+class WatchedTransform:
+    """A transform whose errors name the image, and whose results are checked.
+
+    Args:
+        transform (Callable): The transform. All else is looked up in it.
+        num_classes (int): Labels are below it; 0 if there are no classes.
+        ignored (int): A number in label maps that is no class.
+    """
 
     def __init__(self, transform: Callable, num_classes: int, ignored: int) -> None:
         self.transform, self.num_classes, self.ignored = transform, num_classes, ignored
@@ -162,9 +204,10 @@ class _Watched:
         try:
             loaded = self.transform(results)
         except Exception as error:
-            reason = _explain(error, results, self.loads_image, self.loads_labels)
-            what = 'loaded' if self.loads_image or self.loads_labels else 'used'
-            name = type(self.transform).__name__
+            loads = self.loads_image or self.loads_labels
+            key = 'img_path' if self.loads_image else 'seg_map_path'
+            reason = _explain(error, results.get(key) if loads else None)
+            what, name = 'loaded' if loads else 'used', type(self.transform).__name__
             raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
         if loaded is not None and self.loads_image:
             _check_image(loaded, self.num_classes)
@@ -176,7 +219,7 @@ class _Watched:
         return repr(self.transform)
 
     def __getattr__(self, name: str) -> object:
-        # Of a copy that is being made, nothing is there yet.
+        # While a copy is being made, it has no attributes yet.
         if name == 'transform' or name.startswith('__'):
             raise AttributeError(name)
         return getattr(self.transform, name)
@@ -192,17 +235,14 @@ def _source(results: dict) -> str:
     return source
 
 
-def _explain(
-    error: Exception, results: dict, loads_image: bool, loads_labels: bool
-) -> str:
+def _explain(error: Exception, path: str | None) -> str:
     """Say in one line what OpenCV and Pillow do not: what was wrong with the file."""
-    path = results.get('img_path' if loads_image else 'seg_map_path')
-    if (loads_image or loads_labels) and isinstance(path, str) and osp.isfile(path):
+    if isinstance(path, str) and osp.isfile(path):
         if not osp.getsize(path):
             return 'the file is empty'
         if isinstance(error, (AssertionError, UnidentifiedImageError)):
             return 'it is damaged or no image'
-    # Of cv2.error: without the line of OpenCV's source.
+    # The err of a cv2.error leaves out the line of OpenCV's source.
     reason = getattr(error, 'err', None) or str(error) or type(error).__name__
     return ' '.join(str(reason).split())
 
@@ -220,11 +260,7 @@ def _check_image(results: dict, num_classes: int) -> None:
             'by its annotations'
         )
     labels = np.atleast_1d(results.get('gt_label', []))
-    if (
-        num_classes
-        and labels.size
-        and not 0 <= labels.min() <= labels.max() < num_classes
-    ):
+    if num_classes and ((labels < 0) | (labels >= num_classes)).any():
         raise ValueError(
             f'image {path!r} has the label {labels.tolist()}, but there are '
             f'{num_classes} classes, numbered from 0'
@@ -237,8 +273,7 @@ def _check_whole(path: str) -> None:
         end = ENDS.get(file.read(2))
         if end is None:
             return
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - len(end)))
+        file.seek(max(0, osp.getsize(path) - len(end)))
         if file.read() == end:
             return
     try:
@@ -262,7 +297,7 @@ def _check_label_map(results: dict, num_classes: int, ignored: int) -> None:
             f'label map {path!r} has the shape {labels.shape}, but its image '
             f'{results.get("img_path")!r} has {shape}'
         )
-    # Those of mmdet have stuff in them that no head counts.
+    # The maps of mmdet have stuff in them that no head counts.
     if not num_classes or 'reduce_zero_label' not in results:
         return
     present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
@@ -271,5 +306,5 @@ def _check_label_map(results: dict, num_classes: int, ignored: int) -> None:
         raise ValueError(
             f'label map {path!r} has the labels {beyond.tolist()}, but there are '
             f'{num_classes} classes, numbered from 0 after reduce_zero_label '
-            f'({results.get("reduce_zero_label", False)}); {ignored} is ignored'
+            f'({results["reduce_zero_label"]}); {ignored} is ignored'
         )

@@ -682,6 +682,34 @@ class ConvMLP(BaseModule):
                 update_init_info(self, init_info=message)
         self.is_init = True
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the layer of a parameter, for learning rates that decay with depth.
+
+        ``LearningRateDecayOptimWrapperConstructor`` of mmpretrain asks for it. The
+        tokenizer is layer 0, the conv stage 1, and each Conv-MLP block one more; what
+        samples down after a block belongs to the next one, the final norm to the head.
+
+        Args:
+            param_name (str): Name of the parameter in the whole model.
+            prefix (str): Name of the backbone in it, with a dot. Defaults to ``''``.
+
+        Returns:
+            tuple[int, int]: The layer, from 0, and the number of layers.
+        """
+        first = [2]
+        for stage in self.stages:
+            first.append(first[-1] + len(stage.blocks))
+        last, parts = first[-1], param_name.removeprefix(prefix).split('.')
+        if not param_name.startswith(prefix) or parts[0] == 'norm':
+            layer = last
+        elif parts[0] != 'stages':
+            layer = 0 if parts[0] == 'tokenizer' else 1
+        elif parts[2] == 'blocks':
+            layer = first[int(parts[1])] + int(parts[3])
+        else:
+            layer = min(first[int(parts[1]) + 1], last - 1)
+        return layer, last + 1
+
     def switch_to_deploy(self) -> None:
         """Fold each BN into the convolution before it, for inference.
 

@@ -292,7 +292,7 @@ RESNET = {'backbone.conv1.weight': torch.zeros(64, 3, 7, 7)}
 
 CHECKPOINTS = [
     case('missing checkpoint', DET, ["weights.pth' does not exist"], tool=TEST),
-    case('folder as a checkpoint', DET, ["weights.pth' is a folder", 'clusters.md'],
+    case('folder as a checkpoint', DET, ["weights.pth' is a folder"],
          tool=TEST, spoil=lambda paths: paths.checkpoint.mkdir()),
     case('checkpoint of another architecture', DET, ['does not fit', 'missing'],
          tool=TEST, spoil=checkpoint(RESNET)),

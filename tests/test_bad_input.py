@@ -180,7 +180,7 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
         (['complexity.py', 'no_such'], ["no configuration 'no_such'"]),
         (['convert_weights.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
         (['publish_model.py', 'no.pth', 'a.pth'], ["'no.pth' does not exist"]),
-        (['benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
+        (['analysis/benchmark.py', 'infer', 'no_such'], ["no configuration 'no_such'"]),
         (
             [
                 ELASTIC,

@@ -1,86 +1,53 @@
 """Measuring models against each other, and the loading of data."""
 
-import csv
 import importlib.util
-import re
-import signal
-import subprocess
-import sys
-from dataclasses import replace
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
-from PIL import Image
+from reference import PublishedConvMLP
+from tiny import ARCH, write_config, write_data
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from convmlp_mm import ConvMLP
-from convmlp_mm.benchmark import report, rounds, steps
-from convmlp_mm.benchmark.data import LoadingTime, describe_need, needed_workers
-from convmlp_mm.benchmark.equality import check_equal, replace_backbone
-from convmlp_mm.benchmark.published import PublishedConvMLP
-from convmlp_mm.benchmark.rounds import Measurement, WorkerError, run_interleaved
-from convmlp_mm.benchmark.spec import ModelSpec, parse_spec
-from convmlp_mm.benchmark.steps import MATMUL, Job
-from convmlp_mm.benchmark.worker import Timer
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(
-    tokenizer_channels=8,
-    conv_blocks=1,
-    channels=(12, 16, 20),
-    depths=(1, 2, 1),
-    mlp_ratios=(2, 3, 1.5),
-)
-# Narrow in nothing that necks and heads look at.
-SHALLOW = dict(
-    tokenizer_channels=64,
-    conv_blocks=1,
-    channels=(128, 256, 512),
-    depths=(1, 1, 1),
-    mlp_ratios=(1, 1, 1),
-)
-SEVERAL = 'mmpretrain::resnet/resnet50_8xb32_in1k'
-
-
-def load_tool():
-    path = ROOT / 'tools' / 'benchmark.py'
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-
-
-def job(name, mode='infer', **changes):
-    return Job(parse_spec(str(name), mode), mode, 2, (64, 64), **changes)
+PATH = ROOT / 'tools' / 'analysis' / 'benchmark.py'
+SPEC = importlib.util.spec_from_file_location(PATH.stem, PATH)
+benchmark = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(benchmark)
+RESNET = 'mmpretrain::resnet/resnet50_8xb32_in1k'
+MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco'
+KEYS = {'model', 'shape', 'seconds', 'q1', 'median', 'q3', 'images_per_second'}
+KEYS |= {'ratio', 'flops', 'flops_per_second', 'memory'}
 
 
 @pytest.fixture
-def shallow(tmp_path):
-    """Write a configuration with a backbone that takes little time."""
+def recipe(tmp_path):
+    """Write the smallest recipe of a kind."""
 
-    def write(base):
-        path = tmp_path / f'{base}.py'
-        arch = dict(SHALLOW, _delete_=True)
-        backbone = f'backbone=dict(arch={arch}, init_cfg=None)'
-        path.write_text(
-            f'_base_ = {str(ROOT / "configs" / base)!r} + ".py"\n'
-            f'model = dict({backbone})\n'
-        )
+    def write(kind):
+        path = tmp_path / f'{kind}.py'
+        write_config(path, kind, tmp_path / 'data')
         return path
 
     return write
 
 
-def pair(arch=TINY, **kwargs):
-    ours = ConvMLP(arch, **kwargs)
-    published = PublishedConvMLP(arch, **kwargs)
-    published.load_state_dict(ours.state_dict())
-    return ours, published
+def pair(**kwargs):
+    ours = ConvMLP({**ARCH, 'depths': (1, 2, 1)}, **kwargs)
+    names = {k: v for k, v in kwargs.items() if k != 'out_indices'}
+    twin = PublishedConvMLP(ours.arch, out_indices=ours.out_indices, **names)
+    twin.load_state_dict(ours.state_dict())
+    return ours, twin
+
+
+def step_of(text, mode='infer'):
+    args = SimpleNamespace(mode=mode, batch_size=2, device='cpu')
+    entry = benchmark.parse_entry(str(text), mode)
+    return benchmark.build_step(entry, (64, 64), args)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +59,15 @@ def pair(arch=TINY, **kwargs):
         dict(out_indices=0),
     ],
 )
-def test_published_structure_computes_the_same(kwargs):
-    check_equal(*pair(**kwargs))
+def test_twin_computes_the_same_and_the_check_changes_nothing(kwargs):
+    ours, twin = pair(**kwargs)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    state = torch.get_rng_state()
+    benchmark.check_equal(ours, twin)
+    assert torch.equal(torch.get_rng_state(), state)
+    for model in (ours, twin):
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters()) and model.training
 
 
 @pytest.mark.parametrize(
@@ -104,8 +78,8 @@ def test_published_structure_computes_the_same(kwargs):
             .blocks[0]
             .norm1.register_forward_hook(lambda module, args, out: out * (1 + 1e-5))
         ),
-        # Only seen in evaluation, only in training, and only in the gradient.
         lambda model: setattr(model.tokenizer.block[1], 'eps', 1e-3),
+        # Only seen in the statistics after training, and only in the gradient.
         lambda model: setattr(model.tokenizer.block[1], 'momentum', 0.2),
         lambda model: model.conv_stages.downsample.register_forward_hook(
             lambda module, args, out: out.detach()
@@ -115,372 +89,148 @@ def test_published_structure_computes_the_same(kwargs):
     ],
 )
 def test_structure_that_differs_is_refused(change):
-    ours, published = pair()
-    change(published)
-    with pytest.raises(ValueError, match='the published structure'):
-        check_equal(ours, published)
+    ours, twin = pair()
+    change(twin)
+    with pytest.raises(ValueError, match='does not compute the same and is not timed'):
+        benchmark.check_equal(ours, twin)
 
 
-def test_check_changes_nothing():
-    ours, published = pair()
-    before = {k: v.clone() for k, v in ours.state_dict().items()}
-    state = torch.get_rng_state()
-    check_equal(ours, published)
-    assert torch.equal(torch.get_rng_state(), state)
-    for model in (ours, published):
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert all(p.grad is None for p in model.parameters()) and model.training
-
-
-def test_published_structure_keeps_contiguous_memory():
-    ours, published = pair()
-    for name, weight in published.named_parameters():
-        assert weight.is_contiguous(), name
+def test_twin_keeps_contiguous_memory():
+    ours, twin = pair()
     seen = []
-    published.conv_stages.register_forward_hook(lambda m, a, out: seen.append(out))
-    outs = published(torch.rand(2, 3, 64, 64))
-    assert seen[0].is_contiguous() and all(out.is_contiguous() for out in outs)
-    ours.conv_stages.register_forward_hook(lambda m, a, out: seen.append(out))
+    for model in (twin, ours):
+        model.conv_stages.register_forward_hook(lambda m, a, out: seen.append(out))
+    outs = twin(torch.rand(2, 3, 64, 64))
     ours(torch.rand(2, 3, 64, 64))
-    assert not seen[1].is_contiguous()
-
-
-@pytest.mark.parametrize(
-    ('kwargs', 'error', 'match'),
-    [
-        (dict(with_cp=True), ValueError, 'with_cp=False only, but got True'),
-        (dict(norm_cfg=dict(type='SyncBN')), ValueError, "'SyncBN'"),
-        (dict(conv_stage=False), ValueError, 'conv_stage=True'),
-        (dict(width=3), TypeError, "no argument 'width'"),
-        (dict(out_indices=(7,)), ValueError, 'out_indices'),
-    ],
-)
-def test_what_the_release_does_not_have_is_refused(kwargs, error, match):
-    with pytest.raises(error, match=match):
-        PublishedConvMLP(TINY, **kwargs)
-    PublishedConvMLP(TINY, with_cp=False, norm_cfg=dict(type='BN', requires_grad=True))
-
-
-def test_only_a_convmlp_is_replaced():
-    model = torch.nn.Module()
-    model.backbone = torch.nn.Identity()
-    with pytest.raises(TypeError, match='ConvMLP backbone, but the model has Identity'):
-        replace_backbone(model, {})
-
-
-def test_options_of_a_model_stand_over_the_defaults():
-    spec = parse_spec('a@b/c.py@nchw,fp16,threads=3,malloc', 'infer', dtype='bfloat16')
-    assert spec.name == 'a@b/c.py' and spec.dtype == 'float16' and spec.malloc
-    assert (spec.layout, spec.threads, spec.compile) == ('nchw', 3, False)
-    assert parse_spec('x', 'train', dtype='bfloat16').dtype == 'bfloat16'
-
-
-@pytest.mark.parametrize(
-    ('text', 'mode', 'match'),
-    [
-        ('x@fast', 'infer', r"unknown option 'fast'.*published, deploy, fp32"),
-        ('x@', 'infer', "unknown option ''"),
-        ('x@threads=0', 'infer', "unknown option 'threads=0'"),
-        ('x@threads=N', 'infer', "unknown option 'threads=N'"),
-        ('@fp16', 'infer', 'names no model'),
-        ('x@fp16,bf16', 'infer', "'bf16' of .* comes after 'fp16'"),
-        ('x@nchw,channels-last', 'infer', "comes after 'nchw'"),
-        ('x@deploy', 'train', "'deploy' of 'x@deploy' is for 'infer' only"),
-        ('x@cp', 'infer', "for 'train' only"),
-        ('x@published,deploy', 'infer', "'published' and 'deploy'"),
-        ('arch:xl', 'infer', "no backbone 'arch:xl'; there are arch:s, arch:m"),
-    ],
-)
-def test_wrong_models_are_named(text, mode, match):
-    with pytest.raises(ValueError, match=match):
-        parse_spec(text, mode)
+    assert all(x.is_contiguous() for x in (*outs, *twin.parameters()))
+    assert seen[0].is_contiguous() and not seen[1].is_contiguous()
 
 
 @pytest.mark.parametrize(
     ('options', 'fragment'),
     [
-        (['infer', 'arch:s', 'arch:s@fast'], "unknown option 'fast'"),
-        (['infer', 'nothing'], "no configuration 'nothing'"),
-        (['infer', f'{SEVERAL}@published'], 'its backbone is ResNet'),
-        (['infer', 'arch:s', '--shape', '1', '2', '3'], 'but got 3 numbers'),
-        (['infer', 'arch:s', '--device', 'tpu'], "but got 'tpu'"),
-        (['infer', 'arch:s', '--device', 'cuda:99'], 'cuda:99 is not there'),
-        (['infer', 'arch:s', '--plot', 'chart.svg'], "but got 'chart.svg'"),
-        (['infer', 'arch:s', '--out', 'no/table.md'], "folder 'no' does not"),
-        (['infer', 'arch:s', '--weights', 'yes'], 'no published weights'),
-        (['train', 'arch:s', '--rounds', '0'], 'must be 1 or more, but is 0'),
+        (['infer', f'{RESNET}@fast'], "unknown option 'fast'; there are deploy, bf16"),
+        (['infer', 'matmul', 'nothing'], "no configuration 'nothing'; there are"),
+        (['infer', f'published::{RESNET}'], 'its backbone is ResNet'),
+        (['infer', 'published::matmul'], "no configuration 'matmul'"),
+        (['infer', 'published::s@deploy'], "'deploy' is for infer, and not for publ"),
+        (['infer', 'published::ablation/pure_mlp_100e'], "argument 'conv_"),
+        (['train', f'{RESNET}@deploy'], "'deploy' is for infer"),
+        (['infer', f'{MASK_RCNN}@channels-last'], 'mmcv.RoIAlign reads such maps'),
+        (['infer', RESNET, '--shape', '0'], "from 1 on, not '0'"),
+        (['infer', RESNET, '--shape', '1', '2', '3'], 'but got 3 numbers'),
+        (['infer', RESNET, '--device', 'cuda:99'], '--device cuda:99: torch sees'),
+        (['infer', RESNET, '--out', 'no/table.json'], "folder 'no' does not"),
         (['data', 'retinanet_convmlp_s'], "data folder 'data/coco/'"),
-        (['data', 'timm::resnet18'], 'configuration has no train_dataloader'),
+        (['data', 'timm::resnet18'], "'timm::resnet18' has no train_dataloader"),
     ],
+    ids=lambda value: '-'.join(value) if isinstance(value, list) else '',
 )
-def test_mistakes_are_one_line_before_anything_runs(
+def test_mistakes_are_one_line_before_anything_is_timed(
     options, fragment, capsys, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(tool, 'run_interleaved', None)
+    monkeypatch.setattr(benchmark, 'Timer', None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        tool.main(options)
-    assert stopped.value.code == 2
+    with pytest.raises(SystemExit, match='2'):
+        benchmark.main(options)
     printed = capsys.readouterr()
     (line,) = [n for n in printed.err.splitlines() if 'error:' in n]
     assert fragment in line and printed.out == ''
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ('name', 'outputs'),
-    [
-        ('convmlp_s_imagenet', 1),
-        ('retinanet_convmlp_s', 2),
-        ('semantic_fpn_convmlp_s', 1),
-    ],
-)
-def test_each_toolkit_is_inferred_and_trained(shallow, name, outputs):
-    path = shallow(name)
-    one = steps.build_step(job(path))()
-    # Logits, or the outputs of a head.
-    assert (len(one) if isinstance(one, tuple) else 1) == outputs
+def test_package_without_the_twin_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, 'REFERENCE', tmp_path / 'reference.py')
+    with pytest.raises(ValueError, match='needs tests/reference.py, which a checkout'):
+        benchmark.parse_entry('published::s', 'infer')
+
+
+@pytest.mark.parametrize('kind', ['classifier', 'segmentor', 'detector'])
+def test_each_toolkit_is_inferred_and_trained(recipe, kind):
+    path = recipe(kind)
+    # With the same weights; a detector has outputs of two kinds at five levels.
+    torch.testing.assert_close(
+        step_of(f'published::{path}')(), step_of(path)(), rtol=1e-4, atol=1e-4
+    )
     seen = []
 
     def look(optimizer, args, kwargs):
         groups = optimizer.param_groups
-        seen.append({group['lr'] for group in groups})
         assert all(p.grad is not None for group in groups for p in group['params'])
-        seen.append(type(optimizer).__name__)
+        seen.append((type(optimizer).__name__, {group['lr'] for group in groups}))
 
     hook = register_optimizer_step_pre_hook(look)
     try:
-        step = steps.build_step(job(f'{path}@cp,bf16', 'train'))
+        step = step_of(f'{path}@bf16', 'train')
         step()
         step()
     finally:
         hook.remove()
-    assert seen == [{0.0}, 'AdamW'] * 2
+    # The optimizer of the recipe, at a learning rate that leaves the weights.
+    assert seen == [('SGD', {0.0})] * 2
 
 
 def test_models_that_ask_the_runner_are_trained():
     # Its preprocessor looks for the number of the iteration.
-    name = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco'
-    assert steps.build_step(job(name, 'train'))() is None
+    assert step_of('mmdet::yolox/yolox_tiny_8xb8-300e_coco', 'train')() is None
 
 
-def test_predictions_are_in_the_size_of_the_pictures(shallow):
-    path = shallow('semantic_fpn_convmlp_s')
-    samples = steps.build_step(job(path, predict=True))()
-    assert [s.pred_sem_seg.shape for s in samples] == [(64, 64)] * 2
-
-
-def test_layouts_that_compute_other_values_are_not_measured():
-    with pytest.raises(ValueError, match=r'mmcv.RoIAlign, which computes other val'):
-        steps.build_step(
-            job('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py@channels-last')
-        )
-
-
-def test_options_change_the_model(shallow, monkeypatch):
-    path = shallow('convmlp_s_imagenet')
-    built = []
-
-    def keep(job, model, batch):
-        built.append(model)
-
-    monkeypatch.setattr(steps, '_train', keep)
-    monkeypatch.setattr(steps, '_infer', keep)
-    for options in ('published', 'nchw', 'deploy', 'fp32'):
-        steps.build_step(job(f'{path}@{options}'))
-    steps.build_step(job(f'{path}@cp', 'train'))
-    published, nchw, deployed, plain, recomputing = (m.backbone for m in built)
-    assert isinstance(published, PublishedConvMLP)
-    assert all(p.is_contiguous() for p in nchw.parameters())
-    assert not all(p.is_contiguous() for p in plain.parameters())
-    names = [name for name, _ in deployed.named_buffers()]
-    assert not any('running' in name for name in names)
-    assert recomputing.with_cp and not plain.with_cp
-    # The same weights in each process.
-    weights = [b.stages[0].blocks[0].connect.weight for b in (published, plain)]
-    assert torch.equal(*weights)
-
-
-def measured(name, seconds, **changes):
-    return Measurement(replace(job(name), **changes), list(seconds), 1, 'CPU', 2**20)
-
-
-def test_table_has_the_figures():
-    first = measured('arch:s', [0.2, 0.1, 0.4, 0.3, 0.2])
+def test_ratio_is_the_median_over_the_rounds():
     # Twice as fast in each round, whatever else was going on.
-    second = measured('arch:s@deploy', [0.1, 0.05, 0.2, 0.15, 0.1])
-    product = measured('arch:s', [0.5], mode='infer')
-    product.job = replace(product.job, spec=ModelSpec(MATMUL, MATMUL))
-    macs = [10**9, 10**9, None]
-    table = report.results_table([first, second, product], macs, [None] * 3, 'csv')
-    one, two, last = csv.DictReader(table.splitlines())
-    assert [float(one[key]) for key in ('ms', 'q1', 'q3')] == [200, 200, 300]
-    assert float(two['ratio']) == 2 and float(two['images/s']) == 20
-    # Two pictures of 2 GFLOP each in 0.1 s.
-    assert float(two['GFLOP/s']) == 40 and float(two['MiB']) == 1
-    assert float(last['GFLOP/s']) == pytest.approx(2 * 2048**3 / 0.5 / 1e9)
-    assert 'top-1' not in one and two['shape'] == '64x64'
-    train = [replace(m.job, mode='train') for m in (first, second)]
-    first.job, second.job = train
-    text = report.results_table([first, second], macs, [None] * 2)
-    assert 'GMACs' in text and 'GFLOP' not in text
-
-
-def test_accuracies_are_the_published_ones():
-    assert report.find_top1('convmlp_s_imagenet') == (76.8, 'paper')
-    assert report.find_top1('convmlp_mm::convmlp_l_imagenet.py') == (80.2, 'paper')
-    assert report.find_top1(SEVERAL) == (76.1, 'paper')
-    assert report.find_top1('timm::mixer_s16_224') == (73.8, 'paper')
-    tiny = 'mmpretrain::convnext/convnext-tiny_32xb128_in1k'
-    # Not that of weights from ImageNet-21k, which name this configuration too.
-    assert report.find_top1(tiny) == (82.14, 'mmpretrain')
-    # Another data set; another model than the paper's; a detector's backbone.
-    assert report.find_top1('convmlp_s_cifar10') is None
-    assert report.find_top1('timm::resmlp_big_24_224') is None
-    assert report.find_top1('mmdet::pvt/retinanet_pvt-s_fpn_1x_coco') is None
-
-
-def test_chart_has_accuracies_where_there_are_any():
-    found = [measured('convmlp_s_imagenet', [0.1]), measured(SEVERAL, [0.2])]
-    known = [(76.8, 'paper'), (76.1, 'paper')]
-    figure = report.draw_chart(found, known, 'title')
-    (ax,) = figure.axes
-    assert 'top-1' in ax.get_ylabel() and 'images per second' in ax.get_xlabel()
-    assert {t.get_text() for t in ax.texts} == {'convmlp_s', 'resnet50'}
-    for chart in (
-        report.draw_chart(found, [None, None], 'title'),
-        report.draw_chart([found[0]] * 2, known, 'title'),
-    ):
-        (ax,) = chart.axes
-        assert 'milliseconds' in ax.get_xlabel() and len(ax.patches) == 2
-
-
-def test_timer_divides_by_the_steps():
-    calls = []
-    timer = Timer(lambda: calls.append(0), torch.device('cpu'))
-    assert timer.measure(5) >= 0 and len(calls) == 5
-
-
-def test_memory_is_the_peak_above_the_start():
-    # In a process of its own: what others have freed would be used again.
-    code = """
-import torch
-from convmlp_mm.benchmark.worker import Memory
-kept = torch.zeros(25_000_000)
-memory = Memory(torch.device('cpu'))
-before = memory.above()
-for size in (50_000_000, 10_000_000):
-    torch.ones(size)
-print(before, memory.above())
-"""
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, check=True)
-    before, peak = map(int, run.stdout.split())
-    # 200 MB, not with the second ones, and not what was there before.
-    assert peak - before == pytest.approx(200e6, rel=0.1) and before < 50e6
-
-
-def test_models_are_measured_in_turn_in_processes_of_their_own(tmp_path, capsys):
-    path = tmp_path / 'tiny.py'
-    backbone = dict(type='ConvMLP', arch=TINY, out_indices=(3,), final_norm=True)
-    head = dict(type='LinearClsHead', in_channels=20, num_classes=5)
-    neck = dict(type='GlobalAveragePooling')
-    model = dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head)
-    Config(dict(default_scope='mmpretrain', model=model)).dump(path)
-    out, plot = tmp_path / 'table.csv', tmp_path / 'chart.png'
-    common = ['--batch-size', '2', '--shape', '32', '--rounds', '2', '--min-time', '0']
-    tool.main(
-        ['infer', f'{path}@published,malloc,threads=1', '--matmul', *common]
-        + ['--format', 'csv', '--out', str(out), '--plot', str(plot)]
-    )
-    rows = list(csv.DictReader(out.read_text().splitlines()))
+    seconds = [[0.2, 0.1, 0.4, 0.3, 0.2], [0.1, 0.05, 0.2, 0.15, 0.1]]
+    rows = [dict(model='a', seconds=s, flops=4e9) for s in seconds]
     for row in rows:
-        low, median, high = (float(row[key]) for key in ('q1', 'ms', 'q3'))
-        assert 0 < low <= median <= high
-    model, product = rows
-    assert model['model'] == f'{path}@published,malloc,threads=1'
-    assert float(model['images/s']) == pytest.approx(2e3 / float(model['ms']), rel=1e-3)
-    assert float(model['ratio']) == 1 and float(model['MiB']) > 0
-    assert product['model'] == 'matmul' and product['images/s'] == '-'
-    assert Image.open(plot).size[0] > 500
-    assert capsys.readouterr().out == ''
+        benchmark.summarize(row, seconds[0], 2)
+    first, second = rows
+    assert [first[key] for key in ('q1', 'median', 'q3')] == [0.2, 0.2, 0.3]
+    assert (first['ratio'], second['ratio']) == (1, 2)
+    assert second['images_per_second'] == 20 and second['flops_per_second'] == 4e10
+    unsteady = dict(model='b', seconds=[0.1, 0.1, 0.8, 0.1, 0.4], flops=None)
+    benchmark.summarize(unsteady, seconds[0], 2)
+    # The rounds have 2, 1, 0.5, 3 and 0.5; the medians alone would have 2.
+    assert unsteady['ratio'] == 1 and unsteady['flops_per_second'] is None
 
-    tool.main(['train', str(path), *common])
+
+@pytest.mark.parametrize('mode', ['infer', 'train'])
+def test_models_are_timed_in_turn_and_all_is_written(recipe, tmp_path, capsys, mode):
+    path, out = recipe('classifier'), tmp_path / 'all.json'
+    models = [str(path), f'published::{path}', f'{path}@channels-last', 'matmul']
+    options = ['--batch-size', '2', '--shape', '64', '--rounds', '3', '--warmup', '1']
+    benchmark.main([mode, *models, *options, '--min-time', '0', '--out', str(out)])
     text = capsys.readouterr().out
-    assert re.search(r'tiny\.py +2 +32x32 +[\d.]+ ', text)
-    assert 'train, batch of 2: median and quartiles of a step in 2 interleaved' in text
-
-
-def test_failure_of_a_worker_is_said_and_ends_the_others(monkeypatch, capsys):
-    started = []
-
-    def popen(*args, **kwargs):
-        started.append(process(*args, **kwargs))
-        return started[-1]
-
-    process = subprocess.Popen
-    monkeypatch.setattr(rounds.subprocess, 'Popen', popen)
-    product = Job(ModelSpec(MATMUL, MATMUL), 'train', 1, (0, 0), warmup=1)
-    with pytest.raises(WorkerError, match="nothing@cp: ValueError: .* 'nothing'"):
-        run_interleaved([product, job('nothing@cp', 'train')], 1)
-    assert started[0].poll() == -signal.SIGKILL and started[1].poll() is not None
-
-    def fail(*args, **kwargs):
-        raise WorkerError('arch:s: it broke')
-
-    monkeypatch.setattr(tool, 'run_interleaved', fail)
-    with pytest.raises(SystemExit) as stopped:
-        tool.main(['infer', 'arch:s', '--shape', '32'])
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err.endswith('error: arch:s: it broke\n')
-
-
-def test_process_that_is_killed_is_named(monkeypatch):
-    monkeypatch.setattr(rounds.sys, 'executable', '/bin/false')
-    with pytest.raises(WorkerError, match=r'matmul: the process ended \(exit code 1\)'):
-        run_interleaved([Job(ModelSpec(MATMUL, MATMUL), 'infer', 1, (0, 0))], 1)
-
-
-def test_number_of_processes_follows_from_the_times():
-    assert needed_workers(1.0, 1.0) == needed_workers(0.1, 1.0) == 1
-    assert needed_workers(0.3, 0.1) == 3 and needed_workers(1.01, 0.5) == 3
-    times = [LoadingTime(0, 1.0, 0.4, 5.0), LoadingTime(2, 1.0, 0.21, 9.5)]
-    text = describe_need(times, 0.2, 2)
-    assert 'needs 2 processes' in text and 'none of those measured did' in text
-    assert '2 did here' in describe_need(times, 0.3, 2)
-
-
-def test_loading_is_timed_by_processes_and_by_steps(tmp_path, capsys):
-    made = tmp_path / 'shapes'
-    script = ROOT / 'tools' / 'data' / 'make_shapes_dataset.py'
-    command = [sys.executable, script, made, '--train', '9', '--val', '2']
-    subprocess.run([*command, '--size', '96'], check=True, capture_output=True)
-    tool.main(
-        ['data', 'quickstart/retinanet_convmlp_s_shapes', '--format', 'markdown']
-        + ['--cfg-options', f'data_root={made}/coco', '--workers', '0', '2']
-        # More than the set has.
-        + ['--batches', '4', '--batch-size', '3', '--samples', '7', '--step', '100']
-    )
-    text = capsys.readouterr().out
-    rows = [line.strip('| ').split(' | ') for line in text.splitlines() if '|' in line]
-    loaders, parts = rows[2:4], {row[0]: row[1:] for row in rows[6:]}
-    assert [row[0] for row in loaders] == ['0', '2']
-    for _, _, milliseconds, images in loaders:
-        assert float(images) == pytest.approx(3e3 / float(milliseconds), rel=0.1)
-    names = ['record', 'LoadImageFromFile', 'LoadAnnotations', 'Resize', 'RandomFlip']
-    assert list(parts) == [*names, 'PackDetInputs', 'collate']
-    assert sum(float(share) for _, share in parts.values()) == pytest.approx(100, abs=1)
-    assert 'A step of 100 s with 3 pictures needs 1 process' in text
-    assert '4 batches of 3' in text
-
-
-def test_pictures_of_other_classes_are_refused_in_one_line(tmp_path, capsys):
-    for split in ('train', 'val'):
-        (tmp_path / split / 'cat').mkdir(parents=True)
-        Image.new('RGB', (8, 8)).save(tmp_path / split / 'cat' / '1.jpg')
-    options = ['--cfg-options', f'data_root={tmp_path}', '--workers', '0']
+    found = json.loads(out.read_text())
+    assert (found['mode'], found['batch_size'], found['rounds']) == (mode, 2, 3)
+    assert found['torch'] == torch.__version__ and found['device'] == 'cpu'
+    # Each model once in every round, not always in the same order.
+    assert [sorted(turn) for turn in found['order']] == [[0, 1, 2, 3]] * 3
+    assert len({tuple(turn) for turn in found['order']}) > 1
+    assert [row['model'] for row in found['models']] == models
+    for row, line in zip(found['models'], text.splitlines()[1:]):
+        assert row.keys() == KEYS and len(row['seconds']) == 3
+        assert row['shape'] == ([2048] * 2 if row['model'] == 'matmul' else [64, 64])
+        assert 0 < min(row['seconds']) <= row['q1'] <= row['median'] <= row['q3']
+        assert row['memory'] is None and row['flops'] > 0
+        assert line.split()[0] == row['model']
+        assert float(line.split()[1]) == pytest.approx(1e3 * row['median'], abs=0.01)
+    assert found['models'][0]['ratio'] == 1
+    assert found['models'][3]['flops'] == 2 * 2048**3
+    assert f'{mode}, batch of 2: median and quartiles of a step in 3 rounds' in text
     with pytest.raises(SystemExit, match='2'):
-        tool.main(['data', 'convmlp_s_imagenet', *options])
-    assert (
-        'train_dataloader of the configuration: The number of subfolders (1)'
-        in (capsys.readouterr().err.splitlines()[-1])
-    )
+        benchmark.main([mode, str(path), '--out', str(out)])
+    assert json.loads(out.read_text()) == found
+
+
+@pytest.mark.parametrize('kind', ['classifier', 'segmentor', 'detector'])
+def test_loading_is_timed_for_each_number_of_workers(recipe, tmp_path, capsys, kind):
+    write_data(tmp_path / 'data')
+    path, out = recipe(kind), tmp_path / 'all.json'
+    options = ['--workers', '0', '2', '--batch-size', '3', '--out', str(out)]
+    # More batches than the set has.
+    benchmark.main(['data', str(path), '--batches', '4', *options])
+    loading = json.loads(out.read_text())['loading']
+    assert list(loading) == ['0', '2']
+    for row in loading.values():
+        # The four images are a batch of three and one of one, or two of three.
+        assert 1 <= row['images_per_second'] * row['batch'] <= 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ['workers', '0', '2']

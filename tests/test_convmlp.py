@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
-from published import (
+from reference import (
     DATA,
     assert_summary_equal,
     draw,
@@ -27,7 +27,7 @@ from published import (
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convmlp_mm import ChannelsLastHook, CompileBackboneHook, ConvMLP
+from convmlp_mm import ChannelsLastHook, CompileBackboneHook, ConvMLP, get_model
 
 TINY = dict(
     tokenizer_channels=8,
@@ -721,3 +721,36 @@ def test_wrong_input_shape_says_what_came_and_what_is_allowed(shape):
 def test_wrong_input_type():
     with pytest.raises(TypeError, match='takes a Tensor.*but got list'):
         tiny()([torch.rand(1, 3, 64, 64)])
+
+
+def test_learning_rates_decay_with_the_depth_of_the_layers():
+    from mmpretrain.engine.optimizers import LearningRateDecayOptimWrapperConstructor
+
+    model = get_model('convmlp_s_imagenet')
+    build = LearningRateDecayOptimWrapperConstructor(
+        dict(optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.1)),
+        dict(layer_decay_rate=0.5),
+    )
+    groups = build(model).optimizer.param_groups
+    assert len(groups) == len(list(model.parameters()))
+    layers = {group['param_name']: group['layer_id'] for group in groups}
+    # Tokenizer, conv stage, 2 + 4 + 2 blocks, and the final norm with the head.
+    assert set(layers.values()) == set(range(11))
+    assert {n for n, i in layers.items() if i == 10} == {
+        f'{name}.{kind}'
+        for name in ('backbone.norm', 'head.fc')
+        for kind in ('weight', 'bias')
+    }
+    blocks = [n for n, i in layers.items() if i == 4]
+    assert (
+        all(
+            n.startswith(('backbone.stages.0.down', 'backbone.stages.1.blocks.0'))
+            for n in blocks
+        )
+        and len({n.split('.')[3] for n in blocks}) > 1
+    )
+    for group in groups:
+        assert group['lr'] == 0.5 ** (10 - group['layer_id'])
+    # The maps come in this order.
+    order = list(dict.fromkeys(layers.values()))
+    assert order == sorted(order)

@@ -7,6 +7,7 @@ between any two modules, and torchvision's RoIAlign in place of mmcv's.
 
 import copy
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +26,12 @@ from torch.utils._pytree import tree_map
 from torchvision.ops import roi_align
 
 from convmlp_mm.apis import build_model, switch_to_deploy
-from convmlp_mm.benchmark.inputs import draw_batch
 from convmlp_mm.config_files import find_config
 from convmlp_mm.hooks.model import needs_contiguous, use_channels_last
 from convmlp_mm.launch import build_runner, merge_options
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARK = runpy.run_path(str(ROOT / 'tools' / 'analysis' / 'benchmark.py'))
 CONFIGS = sorted(
     path.relative_to(ROOT / 'configs').as_posix()
     for path in (ROOT / 'configs').rglob('*.py')
@@ -126,7 +127,7 @@ def run_hooks(model, cfg):
 
 def batch_of(model, dtype=torch.float64):
     torch.manual_seed(1)
-    batch = draw_batch(model, 2, SIZE)
+    batch = BENCHMARK['draw_batch'](model, 2, SIZE)
     model.data_preprocessor.float()
     if model.cfg.default_scope == 'mmseg':
         model.data_preprocessor.size = SIZE

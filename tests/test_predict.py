@@ -11,9 +11,9 @@ import tiny
 import torch
 from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image
-from published import draw
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
+from reference import draw
 
 from convmlp_mm import get_inferencer, get_model
 from convmlp_mm.apis import build_model

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
-from published import draw_checkpoint
+from reference import draw_checkpoint
 
 from convmlp_mm import get_model
 

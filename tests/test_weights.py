@@ -14,7 +14,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, checkpoint
-from published import (
+from reference import (
     assert_summary_equal,
     draw,
     draw_checkpoint,

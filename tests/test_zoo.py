@@ -7,15 +7,15 @@ from pathlib import Path
 import modelindex
 import pytest
 import torch
+from complexity import measure_complexity
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from PIL import Image
-from published import draw, draw_checkpoint, draw_image, published_forward
+from reference import draw, draw_checkpoint, draw_image, published_forward
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 import convmlp_mm
-from convmlp_mm.analysis.complexity import measure_complexity
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.config_files import find_config
 

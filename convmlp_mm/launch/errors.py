@@ -22,11 +22,7 @@ __all__ = ['closing_group', 'final_mistakes', 'one_line_errors']
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can get wrong into one line and exit code 2.
-
-    To be put around the preparation only: an error in the middle of a run
-    keeps its stack trace.
-    """
+    """Say what a user got wrong before a run begins in one line; exit with 2."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
@@ -40,7 +36,7 @@ def _end(message: object) -> NoReturn:
     sys.exit(MISTAKE)
 
 
-# They come again however often one tries, unlike those of memory and networks.
+# Trying again does not help against these, as it may where memory or a network fails.
 MISTAKES = (
     ArithmeticError,
     AssertionError,
@@ -54,20 +50,15 @@ MISTAKES = (
     ValueError,
 )
 
-
-# So do these of a disk; others, of one that is far away, may pass.
+# Nor against these errors of a disk; others, of one that is far away, may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
 
 PACKAGE = osp.dirname(osp.dirname(osp.abspath(__file__)))
 FRAME = re.compile(r'File "(.+)", line \d+, in .+\n\s*(.*)')
 
 
 def _said(error: Exception) -> str | None:
-    """Return the sentence of an error that this package has raised, in a worker too.
-
-    What it has not raised by itself needs a stack trace.
-    """
+    """Return the sentence of an error that this package has raised, or None."""
     frames = FRAME.findall(''.join(traceback.format_exception(error)))
     if not frames or not frames[-1][0].startswith(PACKAGE + os.sep):
         return None
@@ -80,9 +71,8 @@ def _said(error: Exception) -> str | None:
 def final_mistakes() -> Iterator[None]:
     """Say in one line what this package has found wrong in the middle of a run.
 
-    The exit code also tells a launcher that restarts not to do so after what comes
-    again: a mistake of the user's, or a disk that is full or cannot be written. The
-    stack traces of others stay. Without such a launcher nothing changes for them.
+    Other errors keep their stack traces. The exit code tells a launcher that restarts
+    not to do so after a mistake of the user's, or when a disk is full.
     """
     try:
         yield

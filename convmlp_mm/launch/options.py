@@ -41,11 +41,7 @@ class _CfgOptions(DictAction):
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cfg-options``, whose value :func:`merge_options` takes.
-
-    Args:
-        parser (ArgumentParser): It is changed.
-    """
+    """Add ``--cfg-options``, whose value :func:`merge_options` takes."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -59,11 +55,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing share, named as in mmdet.
-
-    Args:
-        parser (ArgumentParser): It is changed.
-    """
+    """Add the options that training and testing share, named as in mmdet."""
     parser.add_argument(
         '--work-dir',
         type=osp.expanduser,
@@ -178,8 +170,7 @@ def merge_options(cfg: Config, options: dict) -> None:
 def _move_data_root(cfg: Config, old: str, new: str) -> None:
     """Put ``new`` for a leading ``old`` in the paths of data sets and metrics.
 
-    ``data_root`` in a configuration is only a variable: by the time that an
-    option overrides it, its value has been copied into them.
+    ``data_root`` is only a variable, which the configuration has copied into them.
     """
     root = old if old.endswith('/') else old + '/'
 
@@ -193,10 +184,7 @@ def _move_data_root(cfg: Config, old: str, new: str) -> None:
 
 
 def _set_num_classes(cfg: Config, old: int, new: int) -> None:
-    """Put ``new`` for ``old`` wherever the model states ``num_classes``.
-
-    As ``data_root``, it is only a variable that has been copied.
-    """
+    """Put ``new`` for ``old`` wherever the model states ``num_classes``."""
 
     def changed(key, value):
         return new if key == 'num_classes' and value == old else value

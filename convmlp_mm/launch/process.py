@@ -26,13 +26,9 @@ TOP_PAD = 256 * 1024**2
 def keep_memory() -> bool:
     """Let malloc of glibc keep what is freed, for the next activation.
 
-    By default it gives each large tensor back to the system and has the pages of the
-    next one mapped and zeroed again, which docs/performance.md measures. The process
-    keeps its peak of memory until it ends.
-
-    An allocator that has been chosen stays: one that is preloaded (jemalloc,
-    tcmalloc), and one that the environment sets up (``MALLOC_...``,
-    ``GLIBC_TUNABLES``).
+    By default it gives each large tensor back to the system, and the pages of the next
+    one are mapped and zeroed again, which docs/performance.md measures. An allocator
+    that is preloaded, or set up by the environment, stays as it is.
 
     Returns:
         bool: Whether the settings were made; not without glibc.

@@ -38,14 +38,7 @@ SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 
 
 def lock_of_training(cfg: Config) -> AbstractContextManager:
-    """Return the lock of the work dir, which only the first process takes.
-
-    Args:
-        cfg (Config): With ``work_dir`` and ``launcher``.
-
-    Returns:
-        AbstractContextManager: See :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
-    """
+    """Return the lock of ``cfg.work_dir``, which only the first process takes."""
     first = is_first_process(cfg.launcher)
     return work_dir_lock(cfg.work_dir) if first else nullcontext()
 
@@ -84,10 +77,9 @@ def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
 def build_runner(cfg: Config) -> Runner:
     """Build the Runner of a configuration, where there is no GPU for the CPU.
 
-    mmengine's mixed precision and torch's SyncBN between processes do not run
-    on a CPU; there, a recipe that has them is trained in single precision (with
-    ``dtype='bfloat16'`` in that) and with BN, and says so. With GPUs the
-    configuration is taken as it is.
+    mmengine's mixed precision and torch's SyncBN do not run on a CPU; there, a recipe
+    that has them is trained in single precision (or in bfloat16, if its ``dtype`` is
+    that) and with BN, and says so. With GPUs the configuration is taken as it is.
 
     Args:
         cfg (Config): It is changed on the CPU.
@@ -208,9 +200,9 @@ def read_slurm() -> None:
 
 
 def _meeting_place() -> dict:
-    """Return where the processes of one machine meet, if the launcher says so.
+    """Return the file in which the processes of one machine meet, if there is one.
 
-    It is a file, which others neither see nor reach, in contrast to a port.
+    Unlike a port, others neither see nor reach it.
     """
     env = os.environ
     if 'CONVMLP_MM_STORE' not in env:
@@ -223,11 +215,7 @@ def _meeting_place() -> dict:
 
 
 def _prepare_gloo(cfg: Config) -> None:
-    """Let the launchers' processes talk by gloo.
-
-    mmengine selects a GPU for each process and hands DDP its number, neither
-    of which exists on a CPU.
-    """
+    """Let the processes talk by gloo, and DDP work without the number of a GPU."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo', **_meeting_place())
     if cfg.get('model_wrapper_cfg') is None:

@@ -1,0 +1,446 @@
+#!/usr/bin/env python
+"""Measure speed and memory of models against each other, and of loading data.
+
+infer and train take models as NAME[@OPTION,...]. NAME is a name of the zoo, a file,
+mmdet::..., mmseg::..., mmpretrain::... or timm::NAME. published::NAME has the backbone
+as the authors' release computes it (published::s is the classifier); matmul is a
+product of two float32 matrices of 2048 rows. All models are timed in this process, in
+turn, round by round; weights are random and images are noise.
+
+options of a model, after @:
+  deploy         BN folded into the convolutions (infer)
+  bf16           bfloat16: the model itself (infer), autocast (train)
+  compile        torch.compile
+  channels-last  weights and images in channels-last memory
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib
+import json
+import random
+import runpy
+import sys
+from itertools import chain, repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from convmlp_mm import ConvMLP, launch
+from convmlp_mm.apis import build_model, switch_to_deploy
+from convmlp_mm.config_checks import WORKER_KEYS
+from convmlp_mm.config_files import find_config
+from convmlp_mm.files import check_output, write_file
+from convmlp_mm.hooks.model import operator_of_mmcv, use_channels_last
+from convmlp_mm.launch.process import keep_memory
+from convmlp_mm.launch.tables import format_table
+
+# Where complexity.py stands.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+default_shape = importlib.import_module('complexity').default_shape
+
+OPTIONS = ('deploy', 'bf16', 'compile', 'channels-last')
+PUBLISHED, MATMUL = 'published::', 'matmul'
+REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
+# Largest difference over the largest value, in float64.
+TOLERANCE = 1e-6
+# Title, key in the JSON, factor and digits.
+COLUMNS = (
+    ('ms', 'median', 1e3, 2),
+    ('q1', 'q1', 1e3, 2),
+    ('q3', 'q3', 1e3, 2),
+    ('images/s', 'images_per_second', 1, 1),
+    ('ratio', 'ratio', 1, 3),
+    ('GFLOP', 'flops', 1e-9, 3),
+    ('GFLOP/s', 'flops_per_second', 1e-9, 1),
+    ('MiB', 'memory', 2**-20, 0),
+)
+
+
+class Entry(NamedTuple):
+    """A model and how it is run; ``cfg`` is None for the product of matrices."""
+
+    text: str
+    cfg: Config | None
+    published: bool
+    options: list[str]
+
+
+def parse_entry(text: str, mode: str) -> Entry:
+    """Read NAME[@OPTION,...] and check all that can be checked before it is built."""
+    name, _, given = text.rpartition('@') if '@' in text else (text, '', '')
+    options = given.split(',') if '@' in text else []
+    for option in options:
+        if option not in OPTIONS:
+            known = ', '.join(OPTIONS)
+            raise ValueError(f'{text!r}: unknown option {option!r}; there are {known}')
+    published, name = name.startswith(PUBLISHED), name.removeprefix(PUBLISHED)
+    if 'deploy' in options and (published or mode != 'infer'):
+        raise ValueError(f"{text!r}: 'deploy' is for infer, and not for {PUBLISHED}")
+    if published and name in ConvMLP.arch_settings:
+        name = f'convmlp_{name}_imagenet'
+    cfg = None if name == MATMUL and not published else find_config(name)
+    kind = published and (cfg.model.get('backbone') or {}).get('type')
+    if published and kind != 'ConvMLP':
+        raise ValueError(f'{text!r} is for ConvMLP, but its backbone is {kind}')
+    if published and not REFERENCE.is_file():
+        raise ValueError(
+            f'{text!r} needs tests/reference.py, which a checkout of the project has '
+            'and an installed package has not'
+        )
+    return Entry(text, cfg, published, options)
+
+
+def published_backbone(ours: ConvMLP, settings: dict) -> nn.Module:
+    """Build the twin of a backbone, with its weights, checked to compute the same."""
+    reference = runpy.run_path(str(REFERENCE))
+    settings = {k: v for k, v in settings.items() if k not in ('type', 'init_cfg')}
+    settings.update(arch=ours.arch, out_indices=ours.out_indices)
+    # An argument that the release has not is a TypeError that names it.
+    twin = reference['PublishedConvMLP'](**settings)
+    twin.load_state_dict(ours.state_dict())
+    check_equal(ours, twin.train(ours.training))
+    return twin
+
+
+def check_equal(ours: nn.Module, twin: nn.Module) -> None:
+    """Refuse two backbones that do not compute the same; neither is changed.
+
+    In float64, from drawn BN statistics: the maps in both modes, with the same
+    stochastic depth, and in training the gradients and the BN statistics thereafter.
+
+    Raises:
+        ValueError: If one differs by more than ``TOLERANCE`` of its largest value.
+    """
+    found = _compute(twin)
+    for name, expected in _compute(ours).items():
+        scale = expected.abs().max().clamp(min=1e-300)
+        difference = float((found[name] - expected).abs().max() / scale)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                'the published structure does not compute the same and is not timed: '
+                f'{name} differs by {difference:.1e} of its largest value'
+            )
+
+
+def _compute(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """Run a copy in both modes; what it computes, by name."""
+    backbone = copy.deepcopy(backbone).cpu().double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        channels = backbone.tokenizer.block[0].in_channels
+        image = torch.randn(2, channels, 64, 64, dtype=torch.double).requires_grad_()
+        for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 1.5)
+        maps, trained = backbone.eval()(image), backbone.train()(image)
+    sum((x * x).mean() for x in trained).backward()
+    found = {f'map {i}': x for i, x in enumerate((*maps, *trained))}
+    found['gradient of the image'] = image.grad
+    found.update({f'gradient of {k}': p.grad for k, p in backbone.named_parameters()})
+    found.update(backbone.named_buffers())
+    return {k: v.detach().double() for k, v in found.items() if v is not None}
+
+
+def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dict:
+    """Draw images and labels as the loader of the model's toolkit hands them out."""
+    scope = model.cfg.default_scope
+    known = [getattr(module, 'num_classes', None) for module in model.modules()]
+    # The largest, since the head of a region proposal network has one class.
+    classes = max([2, *(n for n in known if isinstance(n, int))])
+    if scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        # As many objects in each image as COCO has on average.
+        settings = dict(num_items=[7] * batch_size, num_classes=classes)
+        settings['with_mask'] = getattr(model, 'with_mask', False)
+        return demo_mm_inputs(batch_size, (3, *shape), **settings)
+    images = torch.randint(256, (batch_size, 3, *shape), dtype=torch.uint8)
+    if scope == 'mmpretrain':
+        from mmpretrain.structures import DataSample
+
+        labels = torch.randint(classes, (batch_size,)).tolist()
+        samples = [DataSample().set_gt_label(label) for label in labels]
+        return dict(inputs=images, data_samples=samples)
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    meta = dict(ori_shape=shape, img_shape=shape, scale_factor=(1.0, 1.0), flip=False)
+    samples = [SegDataSample(metainfo=meta) for _ in images]
+    for sample in samples:
+        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *shape)))
+    return dict(inputs=list(images), data_samples=samples)
+
+
+def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
+    """Build a model; return its forward pass or optimizer step, without arguments."""
+    torch.manual_seed(0)
+    cfg = entry.cfg
+    if cfg is None:
+        matrix = torch.randn(shape, device=args.device)
+        return lambda: matrix @ matrix
+    model = revert_sync_batchnorm(build_model(cfg))
+    if cfg.default_scope == 'mmseg':
+        # Training would pad to the size of the recipe.
+        model.data_preprocessor.size = shape
+        model.data_preprocessor.size_divisor = None
+    if entry.published:
+        model.backbone = published_backbone(model.backbone, cfg.model.backbone)
+    if 'deploy' in entry.options:
+        switch_to_deploy(model)
+    layout = torch.preserve_format
+    if 'channels-last' in entry.options:
+        layout, operator = torch.channels_last, operator_of_mmcv(model)
+        if operator:
+            raise ValueError(
+                f"{entry.text!r}: 'channels-last' is refused, since {operator} reads "
+                'such maps as if they were contiguous and computes other values'
+            )
+    else:
+        # ChannelsLastHook of our recipes does so.
+        use_channels_last(model)
+    model.to(device=args.device, memory_format=layout)
+    # The twin has drawn weights; the images are to be the same for all.
+    torch.manual_seed(0)
+    batch = draw_batch(model, args.batch_size, shape)
+    build = _inference if args.mode == 'infer' else _training
+    return build(entry, model, batch, layout)
+
+
+def _inference(entry: Entry, model: nn.Module, batch: dict, layout):
+    """Return the forward pass on images that are ready, up to the head's outputs."""
+    dtype = torch.bfloat16 if 'bf16' in entry.options else torch.float32
+    batch = model.data_preprocessor(batch, False)
+    arguments = [batch['inputs'].to(dtype).contiguous(memory_format=layout)]
+    if model.cfg.default_scope == 'mmdet':
+        arguments += [batch['data_samples'], 'tensor']
+    model.to(dtype)
+    call = torch.compile(model) if 'compile' in entry.options else model
+    return torch.no_grad()(lambda: call(*arguments))
+
+
+def _training(entry: Entry, model: nn.Module, batch: dict, layout):
+    """Return the step of the Runner: preprocessing, loss, gradients, optimizer."""
+    settings = copy.deepcopy(model.cfg.get('optim_wrapper')) or dict(
+        type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)
+    )
+    launch.plain_optim_wrapper(settings)
+    model.train()
+    with DefaultScope.overwrite_default_scope(model.cfg.default_scope):
+        wrapper = build_optim_wrapper(model, settings)
+    # Each step is to do the same work, which depends on what the model has learnt.
+    for group in wrapper.optimizer.param_groups:
+        group['lr'] = 0.0
+    # Some models ask the Runner how far it is.
+    progress = dict(iter=0, epoch=0, max_iters=1, max_epochs=1)
+    MessageHub.get_current_instance().update_info_dict(progress)
+    call = torch.compile(model) if 'compile' in entry.options else model
+    device = next(model.parameters()).device.type
+    mixed = 'bf16' in entry.options
+
+    def step():
+        # The preprocessor may change the samples, not the images.
+        samples = copy.deepcopy(batch['data_samples'])
+        cast = torch.autocast(device, torch.bfloat16, enabled=mixed)
+        with cast, wrapper.optim_context(model):
+            data = model.data_preprocessor({**batch, 'data_samples': samples}, True)
+            inputs = data['inputs'].contiguous(memory_format=layout)
+            losses = call(inputs, data['data_samples'], mode='loss')
+        wrapper.update_params(model.parse_losses(losses)[0])
+
+    return step
+
+
+def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
+    """Build and warm up; return what times a step, and what is known without time."""
+    cuda = args.device != 'cpu'
+    shape = (2048, 2048) if entry.cfg is None else args.shape
+    shape = shape or default_shape(entry.cfg)
+    shape = (shape[0], shape[-1])
+    if cuda:
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+        before = torch.cuda.memory_allocated()
+    step = build_step(entry, shape, args)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    counter = FlopCounterMode(display=False)
+    # It sees nothing of a compiled graph.
+    with contextlib.nullcontext() if 'compile' in entry.options else counter:
+        step()
+    for _ in range(args.warmup):
+        step()
+    timer = Timer('step()', globals=dict(step=step), num_threads=args.threads)
+    return timer, dict(
+        model=entry.text,
+        shape=shape,
+        flops=counter.get_total_flops() or None,
+        memory=torch.cuda.max_memory_allocated() - before if cuda else None,
+    )
+
+
+def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
+    """Time each model once a round, in a drawn order; return JSON and table."""
+    with launch.one_line_errors():
+        entries = [parse_entry(text, args.mode) for text in args.models]
+    torch.set_num_threads(args.threads)
+    if args.malloc:
+        keep_memory()
+    timers, rows = [], []
+    for entry in entries:
+        print(f'preparing {entry.text}')
+        with launch.one_line_errors():
+            timer, row = prepare(entry, args)
+        timers.append(timer)
+        rows.append(dict(row, seconds=[]))
+    draw, order = random.Random(0), []
+    for i in range(args.rounds):
+        print(f'round {i + 1}/{args.rounds}')
+        order.append(draw.sample(range(len(rows)), len(rows)))
+        for n in order[-1]:
+            found = timers[n].blocked_autorange(min_run_time=args.min_time)
+            rows[n]['seconds'].append(found.median)
+    for row in rows:
+        summarize(row, rows[0]['seconds'], args.batch_size)
+    cells = [
+        [row['model']]
+        + ['-' if row[k] is None else f'{f * row[k]:.{d}f}' for _, k, f, d in COLUMNS]
+        for row in rows
+    ]
+    table = format_table(['model', *(column[0] for column in COLUMNS)], cells) + (
+        f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
+        f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
+        f'{torch.__version__}, {args.device}, {args.threads} threads\n'
+    )
+    return dict(models=rows, order=order), table
+
+
+def summarize(row: dict, first: list[float], batch_size: int) -> None:
+    """Add the figures that follow from the seconds of each round.
+
+    The ratio to the first model is the median of those in each round, which slow
+    changes of the machine do not move.
+    """
+    low, median, high = np.percentile(row['seconds'], (25, 50, 75)).tolist()
+    row.update(
+        q1=low,
+        median=median,
+        q3=high,
+        images_per_second=None if row['model'] == MATMUL else batch_size / median,
+        ratio=float(np.median(np.divide(first, row['seconds']))),
+        flops_per_second=row['flops'] and row['flops'] / median,
+    )
+
+
+def build_loader(cfg: Config, workers: int, batch_size: int | None):
+    """Build the loader of the training as the Runner does."""
+    settings = copy.deepcopy(cfg.train_dataloader)
+    settings.update(num_workers=workers, persistent_workers=workers > 0)
+    settings.batch_size = batch_size or settings.batch_size
+    for key in WORKER_KEYS if workers == 0 else ():
+        settings.pop(key, None)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        loader = Runner.build_dataloader(settings, seed=0)
+    if not len(loader):
+        raise ValueError(f'too few images for a batch of {settings.batch_size}')
+    return loader
+
+
+def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
+    """Time batches of the training's loader; return JSON and table."""
+    with launch.one_line_errors():
+        cfg = find_config(args.config)
+        launch.merge_options(cfg, args.cfg_options or {})
+        if cfg.get('train_dataloader') is None:
+            raise ValueError(f'configuration {args.config!r} has no train_dataloader')
+        launch.check_data(cfg, ('train',))
+        importlib.import_module(f'{cfg.default_scope}.utils').register_all_modules(
+            False
+        )
+        set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
+        loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
+    loading, rows = {}, []
+    for workers, loader in loaders.items():
+        sizes, stream = [], chain.from_iterable(repeat(loader))
+        # All processes begin with a batch at once.
+        for _ in range(workers):
+            next(stream)
+        names = dict(sizes=sizes, stream=stream)
+        timer = Timer('sizes.append(len(next(stream)["inputs"]))', globals=names)
+        batch = timer.timeit(args.batches).mean
+        images = float(np.mean(sizes[-args.batches :])) / batch
+        loading[workers] = dict(batch=batch, images_per_second=images)
+        rows.append([str(workers), f'{1e3 * batch:.1f}', f'{images:.1f}'])
+    header = ['workers', 'batch (ms)', 'images/s']
+    return dict(loading=loading), format_table(header, rows)
+
+
+def number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be an integer from 1 on, not {text!r}')
+    return int(text)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    modes = parser.add_subparsers(dest='mode', required=True, metavar='MODE')
+    infer = modes.add_parser('infer', help='forward passes on images that are ready')
+    train = modes.add_parser('train', help='optimizer steps with preprocessing')
+    data = modes.add_parser('data', help='loading of training data, without a model')
+    for mode in (infer, train):
+        mode.add_argument('models', nargs='+', metavar='NAME[@OPTION,...]')
+        mode.add_argument('--batch-size', type=number, default=1)
+        mode.add_argument('--shape', type=number, nargs='+', help='height [and width]')
+        mode.add_argument('--device', default='cuda' if gpu else 'cpu')
+        mode.add_argument('--threads', type=number, default=torch.get_num_threads())
+        mode.add_argument('--rounds', type=number, default=10)
+        mode.add_argument('--warmup', type=number, default=3, help='steps of each')
+        mode.add_argument('--min-time', type=float, default=0.05, help='of each turn')
+        mode.add_argument('--malloc', action='store_true', help='let it keep memory')
+    data.add_argument('config', help='configuration, named as the models are')
+    launch.add_cfg_options(data)
+    data.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])
+    data.add_argument('--batches', type=number, default=20)
+    data.add_argument('--batch-size', type=number, help="by default the recipe's")
+    for mode in (infer, train, data):
+        mode.add_argument('--out', metavar='FILE.json', help='all that was measured')
+        mode.add_argument('--overwrite', action='store_true')
+    args = parser.parse_args(argv)
+    if args.mode != 'data' and args.device != 'cpu' and not gpu:
+        parser.error(f'--device {args.device}: torch sees no GPU; there is cpu')
+    if args.mode != 'data' and len(args.shape or ()) > 2:
+        parser.error(f'--shape is height and width, but got {len(args.shape)} numbers')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with launch.one_line_errors():
+        if args.out is not None:
+            check_output(args.out, args.overwrite)
+    # What the toolkits print does not belong into the table.
+    with contextlib.redirect_stdout(sys.stderr):
+        result, table = (measure_data if args.mode == 'data' else measure_models)(args)
+    if args.out is not None:
+        result = dict(vars(args), torch=torch.__version__, **result)
+        write_file(args.out, json.dumps(result, indent=1) + '\n', args.overwrite)
+    sys.stdout.write(table)
+
+
+if __name__ == '__main__':
+    main()

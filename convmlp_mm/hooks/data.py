@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from mmengine.dataset import Compose
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -35,19 +36,12 @@ def walk_datasets(dataset: object, key: str = 'dataset') -> Iterator[tuple]:
         key (str): Its name in the configuration.
 
     Yields:
-        tuple[str, object]: The name and the data set or section of each that wraps
-        no other.
+        tuple[str, object]: Name and data set, or section, of each that wraps no other.
     """
-
-    def get(name: str) -> object:
-        if isinstance(dataset, dict):
-            return dataset.get(name)
-        return getattr(dataset, name, None)
-
-    inner = {name: get(name) for name in ('dataset', '_dataset')}
-    inner.update(
-        (f'datasets.{i}', part) for i, part in enumerate(get('datasets') or [])
-    )
+    get = type(dataset).get if isinstance(dataset, dict) else getattr
+    inner = {name: get(dataset, name, None) for name in ('dataset', '_dataset')}
+    several = get(dataset, 'datasets', None) or []
+    inner.update({f'datasets.{i}': part for i, part in enumerate(several)})
     inner = {name: part for name, part in inner.items() if part is not None}
     if not inner:
         yield key, dataset
@@ -90,7 +84,11 @@ def _check(model: nn.Module, dataset: object, split: str) -> None:
     for key, leaf in walk_datasets(dataset, f'{split}_dataloader.dataset'):
         classes = _classes(leaf, key)
         check_heads(model, classes, leaf, key)
-        _watch(leaf, classes)
+        pipeline = getattr(leaf, 'pipeline', None)
+        # A model may be validated more than once.
+        if isinstance(pipeline, Compose) and not isinstance(pipeline, WatchedPipeline):
+            ignored = getattr(leaf, 'ignore_index', 255)
+            leaf.pipeline = WatchedPipeline(pipeline.transforms, len(classes), ignored)
 
 
 def _classes(dataset: object, key: str) -> list[str]:
@@ -142,16 +140,10 @@ def check_neck(model: nn.Module) -> None:
 
 
 def check_heads(model: nn.Module, classes: list, dataset: object, key: str) -> None:
-    """Check that the heads have as many classes as a data set.
-
-    Args:
-        model (nn.Module): Model of a toolkit.
-        classes (list[str]): Names of the classes; without any, nothing is checked.
-        dataset (object): The data set; heads may also count its ``thing_classes``.
-        key (str): Its name in the configuration.
+    """Check that the heads have as many classes as a data set, called ``key``.
 
     Raises:
-        ValueError: If a head has another number.
+        ValueError: If a head has another number, and not that of ``thing_classes``.
     """
     if not classes or any(getattr(model, name, None) for name in TEXT_PARTS):
         return
@@ -175,57 +167,44 @@ def check_heads(model: nn.Module, classes: list, dataset: object, key: str) -> N
                 )
 
 
-def _watch(dataset: object, classes: list[str]) -> None:
-    transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', None)
-    ignored = getattr(dataset, 'ignore_index', 255)
-    for i, transform in enumerate(transforms or []):
-        if not isinstance(transform, WatchedTransform):
-            transforms[i] = WatchedTransform(transform, len(classes), ignored)
+class WatchedPipeline(Compose):
+    """A pipeline whose errors name the image, and whose results are checked."""
 
-
-class WatchedTransform:
-    """A transform whose errors name the image, and whose results are checked.
-
-    Args:
-        transform (Callable): The transform. All else is looked up in it.
-        num_classes (int): Labels are below it; 0 if there are no classes.
-        ignored (int): A number in label maps that is no class.
-    """
-
-    def __init__(self, transform: Callable, num_classes: int, ignored: int) -> None:
-        self.transform, self.num_classes, self.ignored = transform, num_classes, ignored
-        kinds = {kind.__name__ for kind in type(transform).__mro__}
-        self.loads_image = 'LoadImageFromFile' in kinds
-        self.loads_labels = 'LoadAnnotations' in kinds
+    def __init__(self, transforms: list, num_classes: int, ignored: int) -> None:
+        super().__init__(transforms)
+        self.num_classes, self.ignored = num_classes, ignored
 
     def __call__(self, results: dict) -> dict | None:
-        # Transforms change it.
-        source = _source(results)
+        """Run the transforms, until one returns None."""
+        for transform in self.transforms:
+            results = self._run(transform, results)
+            if results is None:
+                return None
+        return results
+
+    def _run(self, transform: Callable, results: dict) -> dict | None:
+        kinds = {kind.__name__ for kind in type(transform).__mro__}
+        loads_image, loads_labels = (
+            f'Load{what}' in kinds for what in ('ImageFromFile', 'Annotations')
+        )
+        # Transforms change the results.
+        source = _describe(results)
+        path = results.get('img_path' if loads_image else 'seg_map_path')
         try:
-            loaded = self.transform(results)
+            results = transform(results)
         except Exception as error:
-            loads = self.loads_image or self.loads_labels
-            key = 'img_path' if self.loads_image else 'seg_map_path'
-            reason = _explain(error, results.get(key) if loads else None)
-            what, name = 'loaded' if loads else 'used', type(self.transform).__name__
+            loads = loads_image or loads_labels
+            reason = _explain(error, path if loads else None)
+            what, name = 'loaded' if loads else 'used', type(transform).__name__
             raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
-        if loaded is not None and self.loads_image:
-            _check_image(loaded, self.num_classes)
-        if loaded is not None and self.loads_labels:
-            _check_label_map(loaded, self.num_classes, self.ignored)
-        return loaded
-
-    def __repr__(self) -> str:
-        return repr(self.transform)
-
-    def __getattr__(self, name: str) -> object:
-        # While a copy is being made, it has no attributes yet.
-        if name == 'transform' or name.startswith('__'):
-            raise AttributeError(name)
-        return getattr(self.transform, name)
+        if results is not None and loads_image:
+            _check_image(results, self.num_classes)
+        if results is not None and loads_labels:
+            _check_label_map(results, self.num_classes, self.ignored)
+        return results
 
 
-def _source(results: dict) -> str:
+def _describe(results: dict) -> str:
     source = f'image {results.get("img_path")!r}'
     if results.get('ori_shape') is not None:
         height, width = results['ori_shape'][:2]

@@ -25,7 +25,6 @@ from ..hooks.data import walk_datasets
 __all__ = [
     'check_annotations',
     'check_checkpoint',
-    'check_classes',
     'check_data',
     'check_gpus',
     'check_optimizer',
@@ -69,8 +68,8 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
     Raises:
         OSError: If a folder or file is not there, or is the other of the two; the
             message names it and the key of the configuration.
-        ValueError: See :func:`check_settings`, :func:`check_annotations` and
-            :func:`check_classes`; and if a metric cannot be computed.
+        ValueError: See :func:`check_settings` and :func:`check_annotations`; if classes
+            are not those of the file, or a metric cannot be computed.
     """
     check_settings(cfg, splits)
     head = (cfg.get('model') or {}).get('head')
@@ -233,12 +232,11 @@ def _check_dataset(dataset: ConfigDict, key: str) -> None:
 
 def _check_path(path: str, key: str, what: str) -> None:
     found, named = osp.expanduser(path), f'(named by {key} in the configuration)'
-    is_folder = osp.isdir(found)
     if not osp.exists(found):
         raise FileNotFoundError(f'{what} {path!r} does not exist {named}')
-    if what == 'annotation file' and is_folder:
+    if osp.isdir(found) and not what.endswith('folder'):
         raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
-    if what == 'data folder' and not is_folder:
+    if not osp.isdir(found) and what.endswith('folder'):
         raise NotADirectoryError(f'{what} {path!r} is a file {named}')
 
 
@@ -257,19 +255,19 @@ def _check_coco(datasets: Iterable[ConfigDict]) -> None:
             meta = {**kind.METAINFO, **(dataset.get('metainfo') or {})}
             classes_of.setdefault(path, []).append(meta['classes'])
     for path, lists in classes_of.items():
+        where = f'annotation file {path!r}'
         with open(osp.expanduser(path), encoding='utf-8') as file:
             try:
                 content = json.load(file)
             except ValueError as error:
-                raise ValueError(
-                    f'annotation file {path!r} is not JSON: {error}'
-                ) from error
+                raise ValueError(f'{where} is not JSON: {error}') from error
         check_annotations(content, path)
         names = [category['name'] for category in content['categories']]
         for classes in lists:
             # mmengine, too, reads the names in such a file.
-            is_file = isinstance(classes, str) and osp.isfile(classes)
-            check_classes(list_from_file(classes) if is_file else classes, names, path)
+            if isinstance(classes, str) and osp.isfile(classes):
+                classes = list_from_file(classes)
+            _check_classes(classes, names, where)
 
 
 def _some(values: Iterable) -> str:
@@ -323,7 +321,11 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
     if not content['images']:
         raise ValueError(f'{where}: images is empty')
     sizes = {row['id']: [row['height'], row['width']] for row in content['images']}
-    wrong = [name for name, size in sizes.items() if not _are_numbers(size, 2, 0)]
+    wrong = [
+        name
+        for name, size in sizes.items()
+        if not all(isinstance(side, Real) and side > 0 for side in size)
+    ]
     if wrong:
         what = 'width or height not above 0'
         raise ValueError(f'{where}: {what} in images {_some(wrong)}')
@@ -357,25 +359,19 @@ def _warn(message: str) -> None:
     print_log(message, 'current', logging.WARNING)
 
 
-def _are_numbers(values: object, count: int, above: float) -> bool:
-    return (
-        isinstance(values, (list, tuple))
-        and len(values) == count
-        and all(isinstance(v, (int, float)) and not v <= above for v in values)
-    )
-
-
 def _find_fault(row: dict, size: list) -> str | None:
     """Say what is wrong with an annotation of an image of [height, width]."""
-    if not _are_numbers(row['bbox'], 4, -math.inf):
+    try:
+        x, y, width, height = row['bbox']
+        is_finite = all(map(math.isfinite, row['bbox']))
+    except (TypeError, ValueError):
         return f'a bbox that is not [x, y, width, height], but {row["bbox"]},'
-    if not all(map(math.isfinite, row['bbox'])):
+    if not is_finite:
         return 'NaN or Inf in bbox'
     mask = row.get('segmentation')
     # Run-length codes know the size of the image.
     if isinstance(mask, dict) and mask.get('size') != size:
         return 'a segmentation whose size is not [height, width] of its image'
-    x, y, width, height = row['bbox']
     right, below = x + width - size[1], y + height - size[0]
     if min(width, height) < 1:
         return 'boxes are smaller than a pixel and dropped'
@@ -387,24 +383,12 @@ def _find_fault(row: dict, size: list) -> str | None:
     return None
 
 
-def check_classes(
-    classes: Sequence[str], names: Sequence[str], path: str | os.PathLike
-) -> None:
-    """Check the classes of a data set against the categories of its file.
+def _check_classes(classes: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Check the classes of a data set against the names of its categories.
 
     mmdet numbers those that it finds in the order of the file, and says nothing of
     the others: labels would then belong to other classes than the names say.
-
-    Args:
-        classes (Sequence[str]): ``metainfo.classes``.
-        names (Sequence[str]): Of the categories, in their order.
-        path (str | PathLike): Name of the file, for the messages.
-
-    Raises:
-        ValueError: If a class is not among the names, or twice, or the order is
-            another.
     """
-    where = f'annotation file {os.fspath(path)!r}'
     if isinstance(classes, str):
         raise ValueError(
             f'metainfo.classes must be a tuple of names, but is {classes!r} ({where})'
@@ -416,11 +400,10 @@ def check_classes(
             f'in metainfo.classes: {_some(missing)}; it has {_some(names)}'
         )
     ordered = [name for name in names if name in classes]
-    twice = _twice(ordered) or _twice(classes)
+    twice = _some(_twice(ordered) or _twice(classes))
     if twice:
         raise ValueError(
-            f'{where}: names stand twice in categories or metainfo.classes: '
-            f'{_some(twice)}'
+            f'{where}: names stand twice in categories or metainfo.classes: {twice}'
         )
     for i, (name, there) in enumerate(zip(classes, ordered)):
         if name != there:
@@ -442,17 +425,17 @@ def naming_data() -> Iterator[None]:
     except (ValueError, TypeError, KeyError, IndexError) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         names = [frame.f_code.co_name for frame in frames]
-        read = [f.f_locals['self'] for f in frames if f.f_code.co_name == 'full_init']
-        if not read or not isinstance(read[-1], BaseDataset):
+        read = [f.f_locals for f in frames if f.f_code.co_name == 'full_init']
+        dataset = read[-1].get('self') if read else None
+        if not isinstance(dataset, BaseDataset):
             raise
-        kind, dataset = type(read[-1]).__name__, read[-1]
         files = {'ann_file': dataset.ann_file, **(dataset.data_prefix or {})}
         files = ', '.join(f'{key} {path!r}' for key, path in files.items() if path)
         if 'load_data_list' not in names and not dataset.data_list:
             what = f'has no images ({files}; filter_cfg is {dataset.filter_cfg})'
         else:
             what = f'cannot read its data ({files}): {type(error).__name__}: {error}'
-        raise ValueError(f'{kind} {what}') from error
+        raise ValueError(f'{type(dataset).__name__} {what}') from error
 
 
 def check_checkpoint(path: str) -> None:

@@ -39,10 +39,10 @@ def walk_datasets(dataset: object, key: str = 'dataset') -> Iterator[tuple]:
         tuple[str, object]: Name and data set, or section, of each that wraps no other.
     """
     get = type(dataset).get if isinstance(dataset, dict) else getattr
-    inner = {name: get(dataset, name, None) for name in ('dataset', '_dataset')}
     several = get(dataset, 'datasets', None) or []
-    inner.update({f'datasets.{i}': part for i, part in enumerate(several)})
-    inner = {name: part for name, part in inner.items() if part is not None}
+    inner = {f'datasets.{i}': part for i, part in enumerate(several)}
+    if get(dataset, 'dataset', None) is not None:
+        inner['dataset'] = get(dataset, 'dataset', None)
     if not inner:
         yield key, dataset
     for name, part in inner.items():
@@ -93,18 +93,13 @@ def _check(model: nn.Module, dataset: object, split: str) -> None:
 
 def _classes(dataset: object, key: str) -> list[str]:
     """Return the names of the classes, an empty list if there are none."""
-    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-    if isinstance(classes, str):
-        raise ValueError(
-            f'{key}.metainfo.classes must be a tuple of names, but is {classes!r}'
-        )
     # An endless sampler would look for the first image for ever.
     if hasattr(dataset, '__len__') and not len(dataset):
         raise ValueError(f'{key} ({type(dataset).__name__}) has no images')
-    classes = list(classes or [])
+    classes = list((getattr(dataset, 'metainfo', None) or {}).get('classes') or [])
     # mmdet drops the objects of a class that it does not find by its name.
-    found = getattr(dataset, 'cat_ids', None)
-    if found is not None and len(found) < len(classes):
+    found = getattr(dataset, 'cat_ids', classes)
+    if len(found) < len(classes):
         raise ValueError(
             f'{key} has {len(classes)} names in metainfo.classes, but its annotation '
             f'file has only {len(found)} categories with such a name'

@@ -62,14 +62,13 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
 
     Args:
         cfg (Config): The configuration.
-        splits (Iterable[str]): Of ``'train'``, ``'val'`` and ``'test'``, those
-            that will be used.
+        splits (Iterable[str]): Those of ``'train'``, ``'val'`` and ``'test'`` that
+            will be used.
 
     Raises:
-        OSError: If a folder or file is not there, or is the other of the two; the
-            message names it and the key of the configuration.
-        ValueError: See :func:`check_settings` and :func:`check_annotations`; if classes
-            are not those of the file, or a metric cannot be computed.
+        OSError: If a folder or file is not there, or is the other of the two.
+        ValueError: If a setting, an annotation or the classes of a data set are
+            wrong, or a metric cannot be computed.
     """
     check_settings(cfg, splits)
     head = (cfg.get('model') or {}).get('head')
@@ -81,8 +80,10 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
         loader = cfg.get(f'{split}_dataloader') or {}
         found = loader.get('dataset') or {}
         for key, dataset in walk_datasets(found, f'{split}_dataloader.dataset'):
-            _check_dataset(dataset, key)
             datasets.append(dataset)
+            if _name_of(dataset) not in DOWNLOADED:
+                for name, path in _paths_of(dataset).items():
+                    _check_path(path, f'{key}.{name}')
         evaluators = cfg.get(f'{split}_evaluator') or []
         if isinstance(evaluators, dict):
             evaluators = {f'{split}_evaluator': evaluators}
@@ -91,10 +92,10 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
         for key, evaluator in evaluators.items():
             path = evaluator.get('ann_file')
             if path and _is_local(path, evaluator):
-                _check_path(path, f'{key}.ann_file', 'annotation file')
+                _check_path(path, f'{key}.ann_file')
                 if not evaluator.get('format_only'):
                     _check_images(path, f'{key}.ann_file', found, split)
-            if str(evaluator.get('type')).rpartition('.')[2] == 'Accuracy':
+            if _name_of(evaluator) == 'Accuracy':
                 _check_topk(evaluator, key, head)
     launcher = cfg.get('launcher', 'none')
     # The launchers of this package count their attempts, after they have run --check.
@@ -162,6 +163,12 @@ def check_optimizer(cfg: Config) -> None:
             )
 
 
+def _name_of(section: ConfigDict) -> str:
+    """Return the name of a type that may be a class, or carry its scope."""
+    kind = section.get('type', '')
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
 def _check_topk(section: ConfigDict, key: str, head: ConfigDict) -> None:
     """Refuse what would fail once the first epoch is over."""
     topk, classes = section.get('topk', 1), head.get('num_classes')
@@ -175,7 +182,7 @@ def _check_topk(section: ConfigDict, key: str, head: ConfigDict) -> None:
 
 def _check_images(path: str, key: str, dataset: ConfigDict, split: str) -> None:
     """Refuse a metric whose file, another than that of the data, has other images."""
-    other = _annotation_file(dataset)
+    other = _paths_of(dataset).get('ann_file')
     if not other or osp.realpath(path) == osp.realpath(other):
         return
     names = []
@@ -203,40 +210,30 @@ def _is_local(path: str, section: ConfigDict) -> bool:
     return backend == 'local' and '://' not in path
 
 
-def _annotation_file(dataset: ConfigDict) -> str | None:
-    path = dataset.get('ann_file')
-    if not isinstance(path, str) or not path:
-        return None
-    path = osp.join(dataset.get('data_root') or '', path)
-    return path if _is_local(path, dataset) else None
-
-
-def _check_dataset(dataset: ConfigDict, key: str) -> None:
-    kind = dataset.get('type', '')
-    kind = kind if isinstance(kind, str) else kind.__name__
-    root, path = dataset.get('data_root') or '', _annotation_file(dataset)
-    if kind.rpartition('.')[2] in DOWNLOADED or not _is_local(root, dataset):
-        return
-    if root:
-        _check_path(root, f'{key}.data_root', 'data folder')
-    if path:
-        _check_path(path, f'{key}.ann_file', 'annotation file')
-    prefixes = dataset.get('data_prefix') or {}
+def _paths_of(dataset: ConfigDict) -> dict[str, str]:
+    """Return the files and folders that a data set reads by their keys."""
+    root, prefixes = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
     if isinstance(prefixes, str):
         prefixes = {'': prefixes}
-    for name, prefix in prefixes.items():
-        if isinstance(prefix, str) and prefix and '://' not in prefix:
-            name = f'{key}.data_prefix.{name}'.rstrip('.')
-            _check_path(osp.join(root, prefix), name, 'data folder')
+    parts = {f'data_prefix.{key}'.rstrip('.'): p for key, p in prefixes.items()}
+    parts['ann_file'] = dataset.get('ann_file')
+    paths = {key: osp.join(root, p) for key, p in parts.items() if _is_text(p)}
+    paths = {'data_root': root, **paths} if root else paths
+    return {key: path for key, path in paths.items() if _is_local(path, dataset)}
 
 
-def _check_path(path: str, key: str, what: str) -> None:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ''
+
+
+def _check_path(path: str, key: str) -> None:
+    what = 'annotation file' if key.endswith('.ann_file') else 'data folder'
     found, named = osp.expanduser(path), f'(named by {key} in the configuration)'
     if not osp.exists(found):
         raise FileNotFoundError(f'{what} {path!r} does not exist {named}')
-    if osp.isdir(found) and not what.endswith('folder'):
+    if osp.isdir(found) and what == 'annotation file':
         raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
-    if not osp.isdir(found) and what.endswith('folder'):
+    if not osp.isdir(found) and what == 'data folder':
         raise NotADirectoryError(f'{what} {path!r} is a file {named}')
 
 
@@ -247,7 +244,7 @@ def _check_coco(datasets: Iterable[ConfigDict]) -> None:
 
     classes_of: dict[str, list] = {}
     for dataset in datasets:
-        kind, path = dataset.get('type'), _annotation_file(dataset)
+        kind, path = dataset.get('type'), _paths_of(dataset).get('ann_file')
         kind = DATASETS.get(kind) if isinstance(kind, str) else kind
         # Data sets that read by themselves or by another API have other formats.
         ways = [getattr(kind, name, None) for name in ('load_data_list', 'COCOAPI')]
@@ -282,20 +279,15 @@ def _twice(names: Iterable) -> list:
 
 
 def check_annotations(content: object, path: str | os.PathLike) -> None:
-    """Check what an annotation file in COCO's format holds.
+    """Check what the annotation file ``path`` in COCO's format holds.
 
     Boxes that reach out of their image, or are smaller than a pixel, are common in
     real data and dropped or clipped by mmdet, and so are annotations of images or
     categories that were taken out of the file: they are counted in a warning.
 
-    Args:
-        content (object): What the file holds.
-        path (str | PathLike): Its name, for the messages.
-
     Raises:
         ValueError: If something is missing, stands twice, or is no number, or no
-            annotation is of an image and a category of the file; the message names
-            the file and the ids.
+            annotation is of an image and a category of the file.
     """
     where = f'annotation file {os.fspath(path)!r}'
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
 from .checkpoint import fit_checkpoint, read_checkpoint
+from .hooks.data import walk_datasets
 from .toolkits import toolkit_of
 from .zoo import find_config, give_visualizer, published_weights
 
@@ -255,9 +256,7 @@ def _palette(classes: int) -> list[list[int]]:
 def _dataset_meta(cfg: Config) -> dict:
     """Return the names and colours of the classes that a configuration tests on."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'type' in dataset and ('dataset' in dataset or 'datasets' in dataset):
-        # Wrappers, such as ConcatDataset.
-        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    _, dataset = next(walk_datasets(dataset))
     registry = toolkit_of(cfg.default_scope).registry('DATASETS')
     # A registry fails at an empty name.
     kind = dataset.get('type')

@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import bad_input
 import pytest
 import tiny
+from mmdet.registry import DATASETS
 from mmengine.config import Config
+from torch.nn import Module
+
+from convmlp_mm.hooks import CheckDataHook
+from convmlp_mm.launch import check_data
 
 
 def snapshot(folder):
@@ -93,6 +98,43 @@ def test_mistake_ends_the_run_and_is_named(paths, row, tool):
         assert words in message
     assert snapshot(paths.data) == before
     assert checkpoints(paths.work) == saved
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'variables', 'is_read'),
+    [
+        ('none', {}, True),
+        # Of processes that torchrun or srun alone has started, the first reads.
+        ('pytorch', dict(RANK='0'), True),
+        ('pytorch', dict(RANK='1'), False),
+        ('slurm', dict(SLURM_PROCID='1'), False),
+        # The launchers of this package have run --check.
+        ('pytorch', dict(RANK='0', CONVMLP_MM_ATTEMPT='0'), False),
+    ],
+)
+def test_annotations_are_read_once_in_a_launch(
+    paths, monkeypatch, launcher, variables, is_read
+):
+    tiny.write_config(paths.config, 'detector', paths.data)
+    (paths.data / bad_input.JSON).write_text('{}')
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    cfg = Config.fromfile(paths.config)
+    cfg.launcher = launcher
+    message = "boxes.json' has no 'images', but annotations"
+    expected = pytest.raises(ValueError, match=message)
+    with expected if is_read else contextlib.nullcontext():
+        check_data(cfg, ('train', 'val'))
+
+
+def test_class_without_a_category_is_found_without_our_tools(paths):
+    tiny.write_config(paths.config, 'detector', paths.data)
+    loader = Config.fromfile(paths.config).train_dataloader
+    loader.dataset.metainfo.classes = ('apple', 'plum')
+    loader.dataset = DATASETS.build(loader.dataset)
+    runner = SimpleNamespace(model=Module(), train_dataloader=loader, val_loop=None)
+    with pytest.raises(ValueError, match=r'train_dataloader.dataset has 2 names .* 1 '):
+        CheckDataHook().before_train(runner)
 
 
 class Capabilities(ctypes.Structure):

@@ -19,7 +19,6 @@ from mmpretrain.models import ImageClassifier
 from torch.utils.data import DataLoader, Dataset
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.data_checks import check_annotations
 from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,
@@ -30,6 +29,7 @@ from convmlp_mm.launch import (
     load_config,
     one_line_errors,
 )
+from convmlp_mm.launch.checks import check_annotations
 from convmlp_mm.zoo import find_config, name_types
 
 

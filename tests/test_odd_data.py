@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 import pytest
 import tiny
-from mmcv.transforms import Resize
+from mmcv.transforms import RandomFlip, Resize
 from mmdet.datasets import CocoPanopticDataset
 from mmengine.config import Config
 
 from convmlp_mm import get_model
-from convmlp_mm.config_checks import check_settings
-from convmlp_mm.hooks.check_data import _check_heads, _check_neck, _Watched
+from convmlp_mm.hooks.data import WatchedPipeline, check_heads, check_neck
+from convmlp_mm.launch.checks import check_settings
 
 RNG = np.random.default_rng(1)
 # Some sizes at which rounding, padding and cropping go wrong.
@@ -161,19 +161,27 @@ CLASSES = tuple(map(str, range(19)))
 )
 def test_heads_that_have_other_classes_for_a_reason_pass(name, metainfo):
     dataset, model = SimpleNamespace(metainfo=metainfo), get_model(name)
-    _check_heads(model, metainfo['classes'], dataset, 'train')
+    check_heads(model, metainfo['classes'], dataset, 'train_dataloader.dataset')
     with pytest.raises(ValueError, match='but train_dataloader.dataset'):
-        _check_heads(model, ('one',), SimpleNamespace(metainfo={}), 'train')
+        check_heads(
+            model, ('one',), SimpleNamespace(metainfo={}), 'train_dataloader.dataset'
+        )
     # Of a text, as in Grounding DINO, the words are the classes.
     model.language_model = True
-    _check_heads(model, ('one',), SimpleNamespace(metainfo={}), 'train')
+    check_heads(
+        model, ('one',), SimpleNamespace(metainfo={}), 'train_dataloader.dataset'
+    )
 
 
-def test_watched_transform_is_as_the_one_it_watches():
-    watched = _Watched(Resize(scale=(9, 8)), 2, 255)
+def test_watched_pipeline_is_as_the_one_it_watches():
+    resize, flip = Resize(scale=(9, 8)), RandomFlip(prob=0.0)
+    watched = WatchedPipeline([resize, flip], 2, 255)
+    image = np.zeros((4, 4, 3), np.uint8)
     for copy in (watched, pickle.loads(pickle.dumps(watched))):
-        assert copy.scale == (9, 8) and repr(copy) == repr(Resize(scale=(9, 8)))
-        assert not hasattr(copy, 'no_such_thing')
+        assert repr(resize) in repr(copy) and copy.transforms[0].scale == (9, 8)
+        assert copy(dict(img=image))['img'].shape == (8, 9, 3)
+    # A transform that drops an image ends the pipeline.
+    assert WatchedPipeline([lambda results: None, resize], 2, 255)({}) is None
 
 
 def test_neck_that_takes_the_maps_in_its_own_order_is_right():
@@ -187,7 +195,7 @@ def test_neck_that_takes_the_maps_in_its_own_order_is_right():
         return get_model('retinanet_convmlp_s', **changes).train()
 
     right = model([16, 16, 8])
-    _check_neck(right)
+    check_neck(right)
     assert right.training and right.backbone.training
     with pytest.raises(ValueError, match=r'in_channels is \[16, 8, 16\], but'):
-        _check_neck(model([16, 8, 16]))
+        check_neck(model([16, 8, 16]))

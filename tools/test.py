@@ -20,6 +20,7 @@ from convmlp_mm.launch import (
     closing_group,
     final_mistakes,
     load_config,
+    naming_data,
     one_line_errors,
 )
 from convmlp_mm.launch.process import end_with_launcher
@@ -101,7 +102,7 @@ def main() -> None:
         cfg = prepare(args)
     if args.check:
         return
-    with final_mistakes(), closing_group():
+    with final_mistakes(), closing_group(), naming_data():
         runner = build_runner(cfg)
         if args.out:
             dump = DumpResults(out_file_path=args.out)

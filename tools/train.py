@@ -27,6 +27,7 @@ from convmlp_mm.launch import (
     final_mistakes,
     load_config,
     lock_of_training,
+    naming_data,
     one_line_errors,
 )
 from convmlp_mm.launch.process import end_with_launcher
@@ -139,6 +140,7 @@ def main() -> None:
             return
         stack.enter_context(final_mistakes())
         stack.enter_context(closing_group())
+        stack.enter_context(naming_data())
         runner = build_runner(cfg)
         for hook in checkpoint_hooks(runner):
             # load_from may be the configuration's own, or another found since.

@@ -1,8 +1,8 @@
 """What mmengine's Runner lacks: hooks that a configuration lists and can drop."""
 
 from .agreement import AgreementHook
-from .check_data import CheckDataHook
 from .checkpoint import SafeCheckpointHook, find_latest_checkpoint
+from .data import CheckDataHook
 from .model import (
     BFloat16OptimWrapper,
     ChannelsLastHook,

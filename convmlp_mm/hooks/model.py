@@ -35,11 +35,12 @@ __all__ = [
     'has_bfloat16',
     'needs_contiguous',
     'operator_of_mmcv',
+    'unwrap_model',
     'use_channels_last',
 ]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model in DDP and in test-time augmentation."""
     while not hasattr(model, 'backbone') and hasattr(model, 'module'):
         model = model.module
@@ -73,7 +74,7 @@ class CheckWeightsHook(Hook):
         """
         # mmengine, too, takes what is noted in the work dir if nothing is named.
         name = load_from(runner) or named_checkpoint(runner.work_dir) or ''
-        model = _unwrap(runner.model)
+        model = unwrap_model(runner.model)
         check_content(checkpoint, name)
         if (checkpoint.get('meta') or {}).pop('config', None) is not None:
             print_log(f'meta.config of {name} is not read.', logger='current')
@@ -211,7 +212,7 @@ class ChannelsLastHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Change the layout of the model's weights in place."""
         model = runner.model
-        inner = _unwrap(model)
+        inner = unwrap_model(model)
         if not isinstance(getattr(inner, 'backbone', None), ConvMLP):
             return
         part = needs_contiguous(inner)
@@ -260,7 +261,7 @@ class CompileBackboneHook(Hook):
                 f'arguments of torch.compile, but got {options!r}'
             )
         # The loops of a runner call this hook once each.
-        backbone = getattr(_unwrap(runner.model), 'backbone', None)
+        backbone = getattr(unwrap_model(runner.model), 'backbone', None)
         if not isinstance(backbone, ConvMLP) or options is None or options is False:
             return
         options = {} if options is True else dict(options)

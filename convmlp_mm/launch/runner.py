@@ -15,11 +15,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
 from ..checkpoint import read_checkpoint
-from ..config_checks import check_optimizer
-from ..data_checks import check_while_reading
 from ..hooks.checkpoint import find_latest_checkpoint
 from ..hooks.model import CheckWeightsHook
 from ..hooks.work_dir import LaunchHook, work_dir_lock
+from .checks import check_optimizer, is_first_process
 from .options import map_config
 from .process import keep_memory
 
@@ -38,13 +37,9 @@ __all__ = [
 SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 
 
-# What the launchers call the number of a process among all.
-RANK = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
-
-
 def lock_of_training(cfg: Config) -> AbstractContextManager:
     """Return the lock of ``cfg.work_dir``, which only the first process takes."""
-    first = os.environ.get(RANK.get(cfg.launcher, ''), '0') == '0'
+    first = is_first_process(cfg.launcher)
     return work_dir_lock(cfg.work_dir) if first else nullcontext()
 
 
@@ -95,7 +90,6 @@ def build_runner(cfg: Config) -> Runner:
     read_weights_only()
     if cfg.launcher == 'slurm':
         read_slurm()
-    check_while_reading(cfg.get('default_scope'))
     if get_device() == 'cpu':
         keep_memory()
         _fit_to_cpu(cfg)

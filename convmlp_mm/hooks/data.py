@@ -1,0 +1,284 @@
+"""Check the data of a run: once before it, and each file when it is read."""
+
+from __future__ import annotations
+
+import os.path as osp
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from mmengine.dataset import Compose
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from ..convmlp import ConvMLP
+from .model import unwrap_model
+
+__all__ = ['CheckDataHook', 'check_heads', 'check_neck', 'walk_datasets']
+
+# Where the models of the three toolkits have what predicts the classes.
+HEADS = ('head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
+HEADS += ('roi_head.bbox_head', 'roi_head.mask_head')
+# Models with one of these compare with texts and have no classes of their own.
+TEXT_PARTS = ('language_model', 'text_encoder')
+# How whole files of these formats begin and end.
+ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
+
+
+def walk_datasets(dataset: object, key: str = 'dataset') -> Iterator[tuple]:
+    """Find the data sets in wrappers such as RepeatDataset and ConcatDataset.
+
+    Args:
+        dataset (object): A data set, or its section of a configuration.
+        key (str): Its name in the configuration.
+
+    Yields:
+        tuple[str, object]: Name and data set, or section, of each that wraps no other.
+    """
+    get = type(dataset).get if isinstance(dataset, dict) else getattr
+    several = get(dataset, 'datasets', None) or []
+    inner = {f'datasets.{i}': part for i, part in enumerate(several)}
+    if get(dataset, 'dataset', None) is not None:
+        inner['dataset'] = get(dataset, 'dataset', None)
+    if not inner:
+        yield key, dataset
+    for name, part in inner.items():
+        yield from walk_datasets(part, f'{key}.{name}')
+
+
+@HOOKS.register_module()
+class CheckDataHook(Hook):
+    """Check that data and model belong together, and that files are whole.
+
+    Before the first step, the heads must have as many classes as the data sets, which
+    must not be empty. During the run an image, label map or label that cannot be used
+    stops it with the name of the file: OpenCV pads what a cut JPEG lacks in grey, and
+    a label beyond the classes ends in an assertion of the GPU, long afterwards.
+
+    All of it raises a ValueError. mmdet's ``NumClassCheckHook`` and mmpretrain's
+    ``ClassNumCheckHook`` refuse heads that count other classes for a reason, and mmseg
+    has none.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Check what trains, and what will validate, before an epoch is spent."""
+        _check(runner.model, runner.train_dataloader.dataset, 'train')
+        if runner.val_loop is not None:
+            self.before_val(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        """Check what validates."""
+        _check(runner.model, runner.val_dataloader.dataset, 'val')
+
+    def before_test(self, runner: Runner) -> None:
+        """Check what tests."""
+        _check(runner.model, runner.test_dataloader.dataset, 'test')
+
+
+def _check(model: nn.Module, dataset: object, split: str) -> None:
+    model = unwrap_model(model)
+    check_neck(model)
+    for key, leaf in walk_datasets(dataset, f'{split}_dataloader.dataset'):
+        classes = _classes(leaf, key)
+        check_heads(model, classes, leaf, key)
+        pipeline = getattr(leaf, 'pipeline', None)
+        # A model may be validated more than once.
+        if isinstance(pipeline, Compose) and not isinstance(pipeline, WatchedPipeline):
+            ignored = getattr(leaf, 'ignore_index', 255)
+            leaf.pipeline = WatchedPipeline(pipeline.transforms, len(classes), ignored)
+
+
+def _classes(dataset: object, key: str) -> list[str]:
+    """Return the names of the classes, an empty list if there are none."""
+    # An endless sampler would look for the first image for ever.
+    if hasattr(dataset, '__len__') and not len(dataset):
+        raise ValueError(f'{key} ({type(dataset).__name__}) has no images')
+    classes = list((getattr(dataset, 'metainfo', None) or {}).get('classes') or [])
+    # mmdet drops the objects of a class that it does not find by its name.
+    found = getattr(dataset, 'cat_ids', classes)
+    if len(found) < len(classes):
+        raise ValueError(
+            f'{key} has {len(classes)} names in metainfo.classes, but its annotation '
+            f'file has only {len(found)} categories with such a name'
+        )
+    return classes
+
+
+def check_neck(model: nn.Module) -> None:
+    """Check that the neck takes the channels that a ConvMLP gives.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    backbone = getattr(model, 'backbone', None)
+    taken = getattr(getattr(model, 'neck', None), 'in_channels', None)
+    if not isinstance(backbone, ConvMLP) or not isinstance(taken, (list, tuple)):
+        return
+    if tuple(taken) == tuple(backbone.out_channels):
+        return
+    # Some take the maps in another order: only a trial tells.
+    training, image = model.training, torch.zeros(1, backbone.in_channels, 128, 128)
+    model.eval()
+    try:
+        with torch.no_grad():
+            model.neck(backbone(image.to(next(backbone.parameters()).device)))
+    except (RuntimeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f'model.neck.in_channels is {list(taken)}, but the backbone gives '
+            f'{list(backbone.out_channels)} channels'
+        ) from error
+    finally:
+        model.train(training)
+
+
+def check_heads(model: nn.Module, classes: list, dataset: object, key: str) -> None:
+    """Check that the heads have as many classes as a data set, called ``key``.
+
+    Raises:
+        ValueError: If a head has another number, and not that of ``thing_classes``.
+    """
+    if not classes or any(getattr(model, name, None) for name in TEXT_PARTS):
+        return
+    # In panoptic data, some heads see the things only.
+    things = (getattr(dataset, 'metainfo', None) or {}).get('thing_classes')
+    allowed = {len(classes), len(things or classes)}
+    for path in HEADS:
+        head = model
+        for name in path.split('.'):
+            head = getattr(head, name, None)
+        for part in head if isinstance(head, nn.ModuleList) else [head]:
+            # The two classes of this one are edges and the rest.
+            if type(part).__name__ == 'STDCHead':
+                continue
+            number = getattr(part, 'num_classes', None)
+            if isinstance(number, int) and number not in allowed:
+                names = ', '.join(classes[:5]) + (', ...' if classes[5:] else '')
+                raise ValueError(
+                    f'model.{path}.num_classes is {number}, but {key} '
+                    f'({type(dataset).__name__}) has {len(classes)} classes: {names}'
+                )
+
+
+class WatchedPipeline(Compose):
+    """A pipeline whose errors name the image, and whose results are checked."""
+
+    def __init__(self, transforms: list, num_classes: int, ignored: int) -> None:
+        super().__init__(transforms)
+        self.num_classes, self.ignored = num_classes, ignored
+
+    def __call__(self, results: dict) -> dict | None:
+        """Run the transforms, until one returns None."""
+        for transform in self.transforms:
+            results = self._run(transform, results)
+            if results is None:
+                return None
+        return results
+
+    def _run(self, transform: Callable, results: dict) -> dict | None:
+        kinds = {kind.__name__ for kind in type(transform).__mro__}
+        loads_image, loads_labels = (
+            f'Load{what}' in kinds for what in ('ImageFromFile', 'Annotations')
+        )
+        # Transforms change the results.
+        source = _describe(results)
+        path = results.get('img_path' if loads_image else 'seg_map_path')
+        try:
+            results = transform(results)
+        except Exception as error:
+            loads = loads_image or loads_labels
+            reason = _explain(error, path if loads else None)
+            what, name = 'loaded' if loads else 'used', type(transform).__name__
+            raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
+        if results is not None and loads_image:
+            _check_image(results, self.num_classes)
+        if results is not None and loads_labels:
+            _check_label_map(results, self.num_classes, self.ignored)
+        return results
+
+
+def _describe(results: dict) -> str:
+    source = f'image {results.get("img_path")!r}'
+    if results.get('ori_shape') is not None:
+        height, width = results['ori_shape'][:2]
+        source += f' ({width}x{height} pixels)'
+    if results.get('seg_map_path'):
+        source += f' with label map {results["seg_map_path"]!r}'
+    return source
+
+
+def _explain(error: Exception, path: str | None) -> str:
+    """Say in one line what OpenCV and Pillow do not: what was wrong with the file."""
+    if isinstance(path, str) and osp.isfile(path):
+        if not osp.getsize(path):
+            return 'the file is empty'
+        if isinstance(error, (AssertionError, UnidentifiedImageError)):
+            return 'it is damaged or no image'
+    # The err of a cv2.error leaves out the line of OpenCV's source.
+    reason = getattr(error, 'err', None) or str(error) or type(error).__name__
+    return ' '.join(str(reason).split())
+
+
+def _check_image(results: dict, num_classes: int) -> None:
+    """Check that an image is whole, and that its labels and its size hold."""
+    path = results.get('img_path')
+    if isinstance(path, str) and osp.isfile(path):
+        _check_whole(path)
+    said = results.get('height'), results.get('width')
+    if None not in said and said != tuple(results['ori_shape']):
+        height, width = results['ori_shape']
+        raise ValueError(
+            f'image {path!r} has {width}x{height} pixels, but {said[1]}x{said[0]} '
+            'by its annotations'
+        )
+    labels = np.atleast_1d(results.get('gt_label', []))
+    if num_classes and ((labels < 0) | (labels >= num_classes)).any():
+        raise ValueError(
+            f'image {path!r} has the label {labels.tolist()}, but there are '
+            f'{num_classes} classes, numbered from 0'
+        )
+
+
+def _check_whole(path: str) -> None:
+    """Let Pillow, which is exact, judge the few files with an unusual end."""
+    with open(path, 'rb') as file:
+        end = ENDS.get(file.read(2))
+        if end is None:
+            return
+        file.seek(max(0, osp.getsize(path) - len(end)))
+        if file.read() == end:
+            return
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception as error:
+        raise ValueError(f'image {path!r} is damaged: {error}') from error
+
+
+def _check_label_map(results: dict, num_classes: int, ignored: int) -> None:
+    """Check the size of a label map and the numbers in it."""
+    labels = results.get('gt_seg_map')
+    if labels is None:
+        return
+    path, shape = results.get('seg_map_path'), tuple(results['ori_shape'])
+    if 1 in shape and labels.size == np.prod(shape):
+        # mmseg squeezes those that are one pixel high or wide.
+        labels = results['gt_seg_map'] = labels.reshape(shape)
+    if labels.shape != shape:
+        raise ValueError(
+            f'label map {path!r} has the shape {labels.shape}, but its image '
+            f'{results.get("img_path")!r} has {shape}'
+        )
+    # The maps of mmdet have stuff in them that no head counts.
+    if not num_classes or 'reduce_zero_label' not in results:
+        return
+    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
+    beyond = present[(present >= num_classes) & (present != ignored) & (present != 255)]
+    if beyond.size:
+        raise ValueError(
+            f'label map {path!r} has the labels {beyond.tolist()}, but there are '
+            f'{num_classes} classes, numbered from 0 after reduce_zero_label '
+            f'({results["reduce_zero_label"]}); {ignored} is ignored'
+        )

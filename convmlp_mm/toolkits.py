@@ -26,11 +26,15 @@ class Toolkit:
         scope (str): Its name, as package and as ``default_scope``.
         inferencer (str): Module and class of its inferencer.
         visualizer (str): The type of its visualizer.
+        sample (str): The class of its samples, in its module ``structures``.
+        results (dict): By output of an exported file, what a sample has of it.
     """
 
     scope: str
     inferencer: str
     visualizer: str
+    sample: str
+    results: dict[str, str]
 
     def register(self) -> None:
         """Import its modules, so that its registries know their classes."""
@@ -40,6 +44,10 @@ class Toolkit:
         """Return one of its registries, such as ``'DATASETS'``, filled."""
         self.register()
         return getattr(import_module(f'{self.scope}.registry'), name)
+
+    def sample_class(self) -> type:
+        """Return the class of its samples."""
+        return getattr(import_module(f'{self.scope}.structures'), self.sample)
 
     def inferencer_class(self) -> type:
         """Return the class of its inferencer."""
@@ -54,9 +62,27 @@ TOOLKITS = {
             'mmpretrain',
             'mmpretrain.apis.ImageClassificationInferencer',
             'UniversalVisualizer',
+            'DataSample',
+            dict(scores='pred_score'),
         ),
-        ('mmdet', 'mmdet.apis.DetInferencer', 'DetLocalVisualizer'),
-        ('mmseg', 'mmseg.apis.MMSegInferencer', 'SegLocalVisualizer'),
+        (
+            'mmdet',
+            'mmdet.apis.DetInferencer',
+            'DetLocalVisualizer',
+            'DetDataSample',
+            dict(
+                boxes='pred_instances.bboxes',
+                scores='pred_instances.scores',
+                labels='pred_instances.labels',
+            ),
+        ),
+        (
+            'mmseg',
+            'mmseg.apis.MMSegInferencer',
+            'SegLocalVisualizer',
+            'SegDataSample',
+            dict(logits='seg_logits.data'),
+        ),
     )
 }
 

@@ -19,10 +19,8 @@ from convmlp_mm.checkpoint import hash_file, locate_checkpoint
 from convmlp_mm.export import FORMATS, OPSETS, check_request, export, verify, write
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images, read_whole_image
+from convmlp_mm.toolkits import default_shape
 from convmlp_mm.zoo import find_config, published_weights
-
-# Height and width in pixels, by toolkit, as the systems of the paper are tested.
-SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1280), mmseg=(512, 512))
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,8 +36,8 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=('H', 'W'),
-        help='pixels to compare at; default: 224 224 for classifiers, 800 1280 for '
-        'detectors, 512 512 for segmentors',
+        help='pixels to compare at; default: what the configuration tests at, such as '
+        '224 224 for classifiers, 800 1280 for detectors, 512 512 for segmentors',
     )
     add('--images', help='image or folder to compare on; default: three drawn images')
     newest = OPSETS[-1]
@@ -79,7 +77,7 @@ def main() -> int:
                 digest = hash_file(locate_checkpoint(weights))
                 stated += f' (SHA-256 {digest[:8]})'
         notes = dict(config=args.config, weights=stated, version=__version__)
-        shape = tuple(args.shape or SHAPES[cfg.default_scope])
+        shape = tuple(args.shape or default_shape(cfg))
         exported = export(model, shape, *wanted, args.opset, notes)
         verify(exported, model, images)
         write(exported, args.out, args.overwrite)

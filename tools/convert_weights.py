@@ -31,29 +31,17 @@ from convmlp_mm.launch import one_line_errors
 LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('checkpoint', help='checkpoint file or URL, of either layout')
     add('out', type=osp.expanduser, help='file to write')
-    add(
-        '--to',
-        choices=LAYOUTS,
-        default='mm',
-        help='mm: state_dict and meta as mmpretrain, mmdet and mmseg save them; '
-        'published: as the authors do (default: %(default)s)',
-    )
-    add(
-        '--key',
-        help='take the tensors under this key, for instance state_dict_ema, where '
-        'timm keeps the average (default: state_dict or model)',
-    )
+    text = 'as mmpretrain, mmdet and mmseg save it (mm, the default), or the authors'
+    add('--to', choices=LAYOUTS, default='mm', help=text)
+    text = 'take the tensors under this key, as state_dict_ema, where timm averages'
+    add('--key', help=f'{text} (default: state_dict or model)')
     add('--overwrite', action='store_true', help='replace OUT if it is there')
-    return parser.parse_args()
-
-
-def main() -> None:
-    args, skipped = parse_args(), []
+    args, skipped = parser.parse_args(), []
     with one_line_errors():
         check_output(args.out, args.overwrite)
         checkpoint = read_checkpoint(args.checkpoint, skipped=skipped)

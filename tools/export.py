@@ -31,17 +31,10 @@ def parse_args() -> argparse.Namespace:
     add('out', type=osp.expanduser, help='file to write: .onnx, or .pt2 (torch)')
     add('--format', choices=tuple(FORMATS), default='onnx', help='default: onnx')
     add('--part', choices=('model', 'backbone'), default='model', help='default: model')
-    add(
-        '--shape',
-        nargs=2,
-        type=int,
-        metavar=('H', 'W'),
-        help='pixels to compare at; default: what the configuration tests at, such as '
-        '224 224 for classifiers, 800 1280 for detectors, 512 512 for segmentors',
-    )
+    text = 'pixels to compare at; default: those of the systems of the paper'
+    add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--images', help='image or folder to compare on; default: three drawn images')
-    newest = OPSETS[-1]
-    add('--opset', type=int, choices=OPSETS, default=newest, help='default: 17')
+    add('--opset', type=int, choices=OPSETS, default=OPSETS[-1])
     add('--overwrite', action='store_true', help='replace the file')
     add_cfg_options(parser)
     return parser.parse_args()
@@ -50,12 +43,11 @@ def parse_args() -> argparse.Namespace:
 def read_image(path: str) -> np.ndarray:
     try:
         return read_whole_image(path)
-    # Pillow raises what it likes for broken files.
-    except Exception as error:
+    except Exception as error:  # Pillow raises what it likes for broken files.
         raise ValueError(f'image {path!r} cannot be read: {error}') from error
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
     with one_line_errors():
         cfg = find_config(args.config)
@@ -92,8 +84,7 @@ def main() -> int:
         if not exported.detections:
             print('compare on images of the data set: --images', file=sys.stderr)
     print(f'{args.out}: {len(exported.content) / 1e6:.1f} MB, {stated}')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

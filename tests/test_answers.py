@@ -323,3 +323,15 @@ def test_names_for_those_of_the_authors_exist(word, settings):
         )
     else:
         assert word in convmlp_mm.list_models()
+
+
+def test_layer_of_the_activation_map_has_its_channels_first():
+    model, shapes = convmlp_mm.ConvMLP(final_norm=True, out_indices=3).eval(), {}
+    layer = re.search(r'--target-layers (\S+)', PAGE).group(1)
+    for name, module in nn.Module.named_modules(model, prefix='backbone'):
+        if name in (layer, 'backbone.norm'):
+            module.register_forward_hook(
+                lambda *a, name=name: shapes.update({name: tuple(a[2].shape)})
+            )
+    model(torch.rand(1, 3, 64, 96))
+    assert shapes == {layer: (1, 512, 2, 3), 'backbone.norm': (1, 2, 3, 512)}

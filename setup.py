@@ -66,7 +66,6 @@ EXTRAS = {
     # For the comparisons of the paper: complexity, feature maps and saliency of models
     # that the toolkits do not have, and the methods of attribution.
     'analysis': [
-        'captum>=0.7,<0.10',
         'timm>=1.0.9,<1.1',
     ],
     # For tools/export.py, which writes ONNX files and runs them. The oldest and the

@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 
-from .checkpoint_io import read_checkpoint
-from .config_checks import give_visualizer
-from .config_files import TOOLKITS, find_config
-from .weights import fit_checkpoint
-from .zoo import published_weights
+from .checkpoint import fit_checkpoint, read_checkpoint
+from .toolkits import toolkit_of
+from .zoo import find_config, give_visualizer, published_weights
 
 if TYPE_CHECKING:
     from mmengine.infer import BaseInferencer
@@ -49,23 +47,15 @@ def build_model(cfg: Config) -> BaseModel:
     """
     # Its own copy is shallow, and models take entries out of theirs.
     cfg = copy.deepcopy(cfg)
-    scope = cfg.get('default_scope')
-    if scope not in TOOLKITS:
-        raise ValueError(
-            f'default_scope of the configuration must be one of {TOOLKITS}, but '
-            f'is {scope!r}'
-        )
+    toolkit = toolkit_of(cfg.get('default_scope'))
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    import_module(f'{scope}.utils').register_all_modules(False)
-    with DefaultScope.overwrite_default_scope(scope):
+    toolkit.register()
+    with DefaultScope.overwrite_default_scope(toolkit.scope):
         model = MODELS.build(cfg.model)
     model.cfg = cfg
     model.dataset_meta = _dataset_meta(cfg)
-    if scope == 'mmpretrain':
-        # Where its inferencers look.
-        model._config, model._dataset_meta = cfg, model.dataset_meta
-    # What it returns is forgotten by mmdet's LAD.
+    # LAD of mmdet does not return itself here.
     model.eval()
     return model
 
@@ -132,50 +122,41 @@ def get_inferencer(
         ValueError: See :func:`get_model`; and if the head in the file has
             another number of classes, since the model could not predict.
     """
-    from mmengine.device import get_device
-
     weights = _find_weights(name, weights)
     cfg = find_config(name)
-    device = device or get_device()
-    scope = cfg.default_scope
-    if scope == 'mmpretrain':
-        from mmpretrain import ImageClassificationInferencer
-
-        model = build_model(cfg)
-        if weights is not None:
-            load_weights(model, weights, skip_heads=False)
-        model.to(device)
-        with DefaultScope.overwrite_default_scope(scope):
-            return ImageClassificationInferencer(model)
-    meta = _dataset_meta(cfg)
+    toolkit, meta = toolkit_of(cfg.default_scope), _dataset_meta(cfg)
+    toolkit.register()
     give_visualizer(cfg)
     # mmengine's inferencer takes a name here, unlike its Runner.
     loader = cfg.get('test_dataloader') or {}
     if isinstance(loader.get('collate_fn'), dict):
         loader.collate_fn = loader.collate_fn['type']
-    with warnings.catch_warnings():
-        # Of weights that are not loaded and classes that are guessed: both
-        # are put right below.
+    options = {}
+    if toolkit.scope == 'mmpretrain':
+        options['pretrained'] = False
+    elif toolkit.scope == 'mmseg':
+        # Without it, the visualizer takes the colours of another data set.
+        meta.setdefault('palette', _palette(len(meta['classes'])))
+        options = dict(classes=meta['classes'], palette=meta['palette'])
+    with (
+        warnings.catch_warnings(),
+        DefaultScope.overwrite_default_scope(toolkit.scope),
+    ):
+        # The toolkits warn of weights that are not loaded and classes that are
+        # guessed, which is put right below.
         warnings.simplefilter('ignore')
-        if scope == 'mmdet':
-            from mmdet.apis import DetInferencer
-
-            inferencer = DetInferencer(cfg, device=device)
-        else:
-            from mmseg.apis import MMSegInferencer
-
-            # Without it, the visualizer takes the colours of another data set.
-            meta.setdefault('palette', _palette(len(meta['classes'])))
-            inferencer = MMSegInferencer(
-                cfg,
-                classes=meta['classes'],
-                palette=meta['palette'],
-                device=device,
-            )
-    # The visualizer shares this dict.
-    inferencer.model.dataset_meta.update(meta)
+        inferencer = toolkit.inferencer_class()(
+            cfg, device=device or get_device(), **options
+        )
+    model = inferencer.model
+    model.cfg = cfg
+    # The visualizer shares the dict of a detector or segmentor.
+    model.dataset_meta = getattr(model, 'dataset_meta', {})
+    model.dataset_meta.update(meta)
     if weights is not None:
-        load_weights(inferencer.model, weights, skip_heads=False)
+        load_weights(model, weights, skip_heads=False)
+    if toolkit.scope == 'mmpretrain':
+        inferencer.classes = model.dataset_meta.get('classes')
     return inferencer
 
 
@@ -196,8 +177,8 @@ def load_weights(
         model (BaseModel): See :func:`build_model`. If its configuration does
             not name the classes, ``dataset_meta`` gets the names in the file.
         weights (str): Path or URL, see
-            :func:`convmlp_mm.checkpoint_io.read_checkpoint`.
-        partial (bool): See :func:`convmlp_mm.weights.fit_checkpoint`. Defaults
+            :func:`convmlp_mm.checkpoint.read_checkpoint`.
+        partial (bool): See :func:`convmlp_mm.checkpoint.fit_checkpoint`. Defaults
             to False.
         skip_heads (bool): Likewise. Defaults to True.
 
@@ -213,7 +194,7 @@ def load_weights(
     model.load_state_dict(state_dict, strict=False)
     print_log(message, logger='current')
     # Else a Runner that is given the model initialises it once more.
-    model._is_init = True
+    model.is_init = True
     if not model.dataset_meta.get('classes'):
         # Of a data set that finds its classes in the data: the Runner saves them.
         meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
@@ -277,9 +258,7 @@ def _dataset_meta(cfg: Config) -> dict:
     while 'type' in dataset and ('dataset' in dataset or 'datasets' in dataset):
         # Wrappers, such as ConcatDataset.
         dataset = dataset.get('dataset') or dataset['datasets'][0]
-    scope = cfg.default_scope
-    import_module(f'{scope}.utils').register_all_modules(False)
-    registry = import_module(f'{scope}.registry').DATASETS
+    registry = toolkit_of(cfg.default_scope).registry('DATASETS')
     # A registry fails at an empty name.
     kind = dataset.get('type')
     kind = registry.get(kind) if kind and isinstance(kind, str) else kind

@@ -19,8 +19,6 @@ from mmpretrain.models import ImageClassifier
 from torch.utils.data import DataLoader, Dataset
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.config_checks import name_types
-from convmlp_mm.config_files import find_config
 from convmlp_mm.data_checks import check_annotations
 from convmlp_mm.launch import (
     add_common_arguments,
@@ -32,6 +30,7 @@ from convmlp_mm.launch import (
     load_config,
     one_line_errors,
 )
+from convmlp_mm.zoo import find_config, name_types
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from toy import LENGTH, free_port, write_config
 
 from convmlp_mm import launch
-from convmlp_mm.hooks.saving import NotSavedError
+from convmlp_mm.hooks.checkpoint import NotSavedError
 from convmlp_mm.launch import elastic
 from convmlp_mm.launch.process import MISTAKE, PREEMPTED
 

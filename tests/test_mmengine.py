@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
@@ -65,3 +66,8 @@ def test_endless_iterator_counts_its_passes():
     iterator = _mmengine.endless_iterator(Loop, 5)
     assert [int(next(iterator)) for _ in range(3)] == [1, 2, 1]
     assert iterator._epoch == 6
+
+
+def test_checkpoint_hook_saves_when_it_is_told_to():
+    parameters = inspect.signature(CheckpointHook._save_checkpoint_with_step).parameters
+    assert list(parameters) == ['self', 'runner', 'step', 'meta']

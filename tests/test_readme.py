@@ -13,7 +13,7 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 def test_python_blocks_run(tmp_path, capsys):
     configs = [block for block in BLOCKS if '_base_ =' in block]
-    assert len(configs) == 3 and len(BLOCKS) == 4
+    assert len(configs) == 2 and len(BLOCKS) == 3
     for block in BLOCKS:
         if block not in configs:
             exec(compile(block, 'README.md', 'exec'), {})

@@ -7,6 +7,7 @@ from pathlib import Path
 import modelindex
 import pytest
 import torch
+from complexity import measure_complexity
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from PIL import Image
@@ -15,9 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 import convmlp_mm
-from convmlp_mm.analysis.complexity import measure_complexity
 from convmlp_mm.apis import build_model, switch_to_deploy
-from convmlp_mm.config_files import find_config
+from convmlp_mm.zoo import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = convmlp_mm.list_models()

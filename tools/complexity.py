@@ -1,98 +1,174 @@
 #!/usr/bin/env python
 """Count parameters, multiply-accumulates and activations of configurations.
 
-The models have no values, only shapes; the few that need values, as the operators of
-mmcv do, are run on the CPU. Parameters are in millions, multiply-accumulates (MACs)
-of convolutions and matrix products in 1e9, activations (elements of their outputs) in
-millions; CSV has the whole numbers.
-
-Of a tracker the detector is run, of teacher and student the teacher, of a
-self-supervised model the backbone. Not counted are models that want something when they
-are built (a package that is not installed, a file of weights), and of the toolkits'
-own Mask2Former for videos, SparK and CLRNet, whose forward wants more than a picture.
+Models are run on torch's meta device, which has shapes but no values. Parameters are in
+millions, multiply-accumulates (MACs) of convolutions and matrix products in 1e9,
+activations (elements of their outputs) in millions; CSV has the whole numbers.
 """
 
 import argparse
 import contextlib
+import math
 import os.path as osp
 import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
-from convmlp_mm.analysis.complexity import (
-    Complexity,
-    default_shape,
-    measure_complexity,
-)
-from convmlp_mm.analysis.output import FORMATS, format_table
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from convmlp_mm.apis import build_model
+from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.launch import one_line_errors
+from convmlp_mm.launch.tables import FORMATS, format_table
+from convmlp_mm.toolkits import default_shape
+from convmlp_mm.zoo import find_config
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        'models',
-        nargs='+',
-        help='names of the zoo, files, or mmdet::..., mmseg::..., mmpretrain::..., '
-        'timm::NAME',
-    )
-    parser.add_argument(
-        '--shape',
-        nargs='+',
-        type=int,
-        metavar='PIXELS',
-        help='height and width, or one number for both; by default the size that '
-        'each configuration is tested at (detectors: 800x1280)',
-    )
-    parser.add_argument('--format', choices=FORMATS, default='text')
-    parser.add_argument(
-        '--out',
-        type=osp.expanduser,
-        help='file to write; by default the terminal',
-    )
-    parser.add_argument(
-        '--overwrite', action='store_true', help='replace the file of --out'
-    )
-    return parser.parse_args(argv)
+class Complexity(NamedTuple):
+    """Costs of a model for one image of ``shape`` (height, width).
+
+    Auxiliary heads and frozen parameters count, buffers do not. ``activations`` are as
+    in "Designing Network Design Spaces" (Sec. 3.1), but of matrix products too.
+    ``strides`` and ``channels`` are those of the maps that the backbone returns.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    params: int
+    trainable: int
+    macs: int
+    activations: int
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    def row(self, exact: bool) -> list[str]:
+        """Format a line of the table."""
+        counts = zip((self.params, self.macs, self.activations), (1e6, 1e9, 1e6))
+        counts = [str(n) if exact else f'{n / unit:.2f}' for n, unit in counts]
+        maps = [' '.join(map(str, n)) or '-' for n in (self.strides, self.channels)]
+        return [self.name, '{}x{}'.format(*self.shape), *counts, *maps]
 
 
-def row(cost: Complexity, exact: bool) -> list[str]:
-    """Format one line of the table."""
-    counts = (cost.params, cost.macs, cost.activations)
-    if exact:
-        figures = [str(n) for n in counts]
-    else:
-        figures = [f'{n / unit:.2f}' for n, unit in zip(counts, (1e6, 1e9, 1e6))]
-    levels = [' '.join(map(str, n)) or '-' for n in (cost.strides, cost.channels)]
-    return [cost.name, '{}x{}'.format(*cost.shape), *figures, *levels]
+def measure_complexity(
+    cfg: Config, shape: tuple[int, int] | None = None, name: str = 'the model'
+) -> Complexity:
+    """Count what the toolkit's mode ``'tensor'`` costs, which has no post-processing.
+
+    ``shape`` has height and width in pixels, by default those of
+    :func:`~convmlp_mm.toolkits.default_shape`. What cannot be built, or run without
+    values, is a ValueError.
+    """
+    usual = default_shape(cfg)
+    shape = shape or usual
+    sizes = dict.fromkeys(('img_shape', 'batch_input_shape'), shape)
+    samples = [DetDataSample(metainfo=sizes)]
+    outputs = []
+    flops = FlopCounterMode(display=False)
+    # This one counts the outputs of the same operators in place of their work.
+    counts = dict.fromkeys(flop_registry, _numel)
+    numels = FlopCounterMode(display=False, custom_mapping=counts)
+    try:
+        model = build_model(cfg).to('meta')
+        _give_boxes(model)
+        if hasattr(model, 'backbone'):
+            model.backbone.register_forward_hook(lambda *args: outputs.append(args[-1]))
+        with torch.no_grad(), numels, flops:
+            model(torch.zeros(1, 3, *shape, device='meta'), samples, mode='tensor')
+    except Exception as error:  # Each model fails in its own way.
+        reason = str(error).strip().partition('\n')[0] or type(error).__name__
+        raise ValueError(
+            f'{name} cannot be counted at {shape[0]} x {shape[1]} pixels (it is tested '
+            f'at {usual[0]} x {usual[1]}): {reason}'
+        ) from error
+    params = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    macs, activations = flops.get_total_flops() // 2, numels.get_total_flops()
+    levels = _describe(model, outputs, shape)
+    return Complexity(name, shape, params, trainable, macs, activations, *levels)
+
+
+def _give_boxes(model: nn.Module) -> None:
+    """Let a two-stage detector propose boxes and cut them out, as shapes only.
+
+    Which boxes an RPN keeps depends on values; as many as it may keep are counted.
+    """
+
+    def propose(feats: Sequence[Tensor], *args: object, **kwargs: object) -> list:
+        model.rpn_head(feats)
+        boxes = feats[0].new_zeros(model.test_cfg.rpn.max_per_img, 4)
+        return [InstanceData(bboxes=boxes)]
+
+    def extract(align: nn.Module, feats: object, rois: Tensor, **kwargs) -> Tensor:
+        size = align.roi_layers[0].output_size
+        return rois.new_zeros(len(rois), align.out_channels, *size)
+
+    if hasattr(model, 'rpn_head'):
+        model.rpn_head.predict = propose
+    for module in model.modules():
+        if hasattr(module, 'roi_layers'):
+            module.forward = partial(extract, module)
+
+
+def _numel(*args: object, out_shape: Sequence = (), **kwargs: object) -> int:
+    # Attention has several outputs, of which the first is the result.
+    return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
+
+
+def _describe(model: nn.Module, outputs: list, shape: tuple[int, int]) -> tuple:
+    """Return the strides and channels of the maps that a backbone has returned."""
+    if not outputs and hasattr(model, 'model'):
+        # timm says of most models what their classifiers see.
+        levels = getattr(model.model, 'feature_info', None) or []
+        levels = [level for level in levels if 'reduction' in level][-1:]
+        keys = ('reduction', 'num_chs')
+        return tuple(tuple(level[key] for level in levels) for key in keys)
+    maps = [m for output in outputs for m in output if isinstance(m, Tensor)]
+    maps = [m for m in maps if m.dim() == 4]
+    sides = [max(zip(shape, m.shape[2:])) for m in maps]
+    return tuple(_stride(*side) for side in sides), tuple(m.shape[1] for m in maps)
+
+
+def _stride(side: int, cells: int) -> int:
+    # Layers round odd sizes up. Patches may have 14 pixels.
+    powers = [2**n for n in range(12) if -(-side // 2**n) == cells]
+    return powers[0] if powers else round(side / cells)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    exact = args.format == 'csv'
-    units = ('', '', '') if exact else (' (M)', ' (G)', ' (M)')
-    counts = [n + u for n, u in zip(('params', 'MACs', 'activations'), units)]
-    header = ['model', 'shape', *counts, 'strides', 'channels']
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add('models', nargs='+', help='zoo names, files, mmdet::FILE, ..., timm::NAME')
+    text = 'height and width, or one number for both; by default those of the tests'
+    add('--shape', nargs='+', type=int, metavar='PIXELS', help=text)
+    add('--format', choices=FORMATS, default='text')
+    add('--out', type=osp.expanduser, help='file to write')
+    add('--overwrite', action='store_true', help='replace the file of --out')
+    args = parser.parse_args(argv)
     # What the toolkits print does not belong into the table.
     with one_line_errors(), contextlib.redirect_stdout(sys.stderr):
-        if args.shape is not None and len(args.shape) > 2:
-            raise ValueError(
-                f'--shape takes height and width, but got {len(args.shape)} numbers'
-            )
-        if args.out is not None:
+        if args.shape and len(args.shape) > 2:
+            raise ValueError(f'--shape takes one number or two, but got {args.shape}')
+        if args.out:
             check_output(args.out, args.overwrite)
         shape = args.shape and (args.shape[0], args.shape[-1])
-        # All of them before the first is counted.
-        jobs = [(name, find_config(name)) for name in args.models]
-        jobs = [(name, cfg, shape or default_shape(cfg)) for name, cfg in jobs]
-        costs = [measure_complexity(cfg, shape, name) for name, cfg, shape in jobs]
-    table = format_table(header, [row(cost, exact) for cost in costs], args.format)
-    if args.out is None:
-        sys.stdout.write(table)
-    else:
+        # All of them are found before the first is counted.
+        jobs = [(find_config(name), shape, name) for name in args.models]
+        costs = [measure_complexity(*job) for job in jobs]
+    exact = args.format == 'csv'
+    header = ['params (M)', 'MACs (G)', 'activations (M)']
+    header = [column[:-4] for column in header] if exact else header
+    header = ['model', 'shape', *header, 'strides', 'channels']
+    table = format_table(header, [cost.row(exact) for cost in costs], args.format)
+    if args.out:
         write_file(args.out, table, args.overwrite)
+    else:
+        sys.stdout.write(table)
 
 
 if __name__ == '__main__':

@@ -19,8 +19,7 @@ from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
 from convmlp_mm.apis import switch_to_deploy
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.predict import (
@@ -30,7 +29,7 @@ from convmlp_mm.predict import (
     predictor_of,
     read_whole_image,
 )
-from convmlp_mm.zoo import published_weights
+from convmlp_mm.zoo import find_config, published_weights
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,34 +11,25 @@ import os.path as osp
 
 import torch
 
-from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import (
+    check_output,
+    check_tensors,
+    dump_checkpoint,
+    read_checkpoint,
+    write_file,
+)
 from convmlp_mm.launch import one_line_errors
-from convmlp_mm.weights import check_tensors
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument(
-        'out',
-        type=osp.expanduser,
-        help='file to write; the hash comes before its ending .pth',
-    )
-    return parser.parse_args()
 
 
 def publish(filename: str, out: str) -> tuple[str, bytes]:
-    """Make the file's content and its name."""
+    """Make the file's name and its content."""
     if not out.endswith('.pth'):
         raise ValueError(f'the file to write must end with .pth, but got {out!r}')
     check_output(out, overwrite=True)
     checkpoint = read_checkpoint(filename)
     # EMAHook saves the average as state_dict.
     state_dict = checkpoint.get('state_dict', checkpoint)
-    if not state_dict or not all(
-        isinstance(value, torch.Tensor) for value in state_dict.values()
-    ):
+    if not state_dict or not all(map(torch.is_tensor, state_dict.values())):
         raise ValueError(f'checkpoint {filename!r} holds no state dict of tensors')
     check_tensors(state_dict, filename)
     meta = checkpoint.get('meta') or {}
@@ -49,7 +40,11 @@ def publish(filename: str, out: str) -> tuple[str, bytes]:
 
 
 def main() -> None:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    note = 'file to write; the hash comes before its ending .pth'
+    parser.add_argument('out', type=osp.expanduser, help=note)
+    args = parser.parse_args()
     with one_line_errors():
         path, content = publish(args.checkpoint, args.out)
         write_file(path, content)

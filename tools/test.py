@@ -12,7 +12,6 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from convmlp_mm.config_checks import give_visualizer
 from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,
@@ -24,6 +23,7 @@ from convmlp_mm.launch import (
     one_line_errors,
 )
 from convmlp_mm.launch.process import end_with_launcher
+from convmlp_mm.zoo import give_visualizer
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,8 +15,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
 from convmlp_mm.hooks import find_latest_checkpoint
-from convmlp_mm.hooks.mixed_precision import has_bfloat16
-from convmlp_mm.hooks.saving import checkpoint_hooks
+from convmlp_mm.hooks.checkpoint import checkpoint_hooks
+from convmlp_mm.hooks.model import has_bfloat16
 from convmlp_mm.launch import (
     add_common_arguments,
     build_runner,

@@ -1,22 +1,20 @@
-"""Export models to ONNX and to ``torch.export``, checked against the toolkits.
+"""Export models to ONNX and ``torch.export``, compared with the toolkits.
 
-The graph (see :mod:`convmlp_mm.export.graphs`) takes pixels and gives results. It is
-run before it is written, and what differs from the toolkit is not written.
+:func:`export` makes a file in memory, :func:`verify` refuses it if it differs from the
+toolkit, :func:`write` writes it.
 """
 
-from .check import EXPORTABLE, FORMATS, OPSETS, PARTS, ExportError, check_request
-from .compare import TOLERANCE
-from .model import ExportReport, draw_images, export_model
+from .formats import FORMATS, OPSETS, check_request, export, write
+from .systems import ExportError
+from .verify import draw_images, verify
 
 __all__ = [
-    'EXPORTABLE',
     'FORMATS',
     'OPSETS',
-    'PARTS',
-    'TOLERANCE',
     'ExportError',
-    'ExportReport',
     'check_request',
     'draw_images',
-    'export_model',
+    'export',
+    'verify',
+    'write',
 ]

@@ -1,93 +1,45 @@
-"""Graphs as ONNX and as ``torch.export``, with notes on what they are."""
+"""Files of graphs: what can be asked for, how they are made, opened and written."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import util
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from torch import Tensor
 
-from .graphs import BackboneGraph, DetectorGraph
+from ..apis import switch_to_deploy
+from ..checkpoint import check_output, write_file
+from .systems import SYSTEMS, ExportError, Graph, backbone
 
-if TYPE_CHECKING:
-    from mmengine.model import BaseModel
-
-__all__ = ['describe', 'load_onnx', 'load_torch', 'to_onnx', 'to_torch']
+__all__ = ['FORMATS', 'OPSETS', 'Exported', 'check_request', 'export', 'write']
 
 INPUT = 'images'
+# The last is the newest that the exporter of torch 2.2 writes.
+OPSETS = range(13, 18)
 
 
-def describe(
-    model: BaseModel,
-    graph: nn.Module,
-    part: str,
-    order: str,
-    notes: Mapping[str, str],
-) -> dict[str, str]:
-    """Return what a file says of itself.
-
-    Args:
-        model (BaseModel): What is exported.
-        graph (nn.Module): Its graph.
-        part (str): ``'model'`` or ``'backbone'``.
-        order (str): Of the colours.
-        notes (Mapping[str, str]): To add.
-
-    Returns:
-        dict[str, str]: Values as JSON or plain words.
-    """
-    normalize = graph.normalize
-    properties = dict(
-        model=type(model).__name__,
-        part=part,
-        channel_order=order,
-        value_range=[0, 255],
-        # The graph has them in it.
-        normalized_inside=True,
-        mean=normalize.mean.flatten().tolist() if normalize.enabled else [0, 0, 0],
-        std=normalize.std.flatten().tolist() if normalize.enabled else [1, 1, 1],
-        padded_inside_to=normalize.divisor,
-        classes=list(model.dataset_meta.get('classes') or ()),
-        outputs=list(graph.outputs),
-    )
-    if isinstance(graph, BackboneGraph):
-        for name in ('strides', 'out_channels'):
-            if hasattr(model.backbone, name):
-                properties[name] = list(getattr(model.backbone, name))
-    if isinstance(graph, DetectorGraph):
-        properties['test_cfg'] = model.bbox_head.test_cfg.to_dict()
-    properties.update(notes)
-    return {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in properties.items()
-    }
-
-
-def to_onnx(
-    graph: nn.Module, example: Tensor, opset: int, properties: Mapping[str, str]
-) -> bytes:
-    """Export to ONNX.
-
-    Args:
-        graph (nn.Module): Of :mod:`convmlp_mm.export.graphs`.
-        example (Tensor): Pictures; other sizes may follow.
-        opset (int): Of ONNX.
-        properties (Mapping[str, str]): Kept in the file.
-
-    Returns:
-        bytes: The file, checked by onnx.
-    """
+def _make_onnx(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
     import onnx
 
-    stream = io.BytesIO()
-    # The exporter that both stacks have. The one upon torch.export, the default of
-    # newer releases, cannot leave the size open in torch 2.2.
+    axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **graph.outputs}
+    for name, one in axes.items():
+        axes[name] = {i: axis for i, axis in one.items() if isinstance(axis, str)}
+    # The exporter upon TorchScript is the one that both stacks have; the newer one
+    # cannot leave the size open in torch 2.2.
     newer = 'dynamo' in inspect.signature(torch.onnx.export).parameters
+    stream = io.BytesIO()
     torch.onnx.export(
         graph,
         (example,),
@@ -95,57 +47,20 @@ def to_onnx(
         input_names=[INPUT],
         output_names=list(graph.outputs),
         opset_version=opset,
-        dynamic_axes={
-            INPUT: {0: 'batch', 2: 'height', 3: 'width'},
-            **dict(zip(graph.outputs, graph.axes)),
-        },
+        dynamic_axes=axes,
         **(dict(dynamo=False) if newer else {}),
     )
     proto = onnx.load_from_string(stream.getvalue())
-    if isinstance(graph, DetectorGraph):
-        # Which the exporter does not find out.
-        for output in proto.graph.output:
-            dim = output.type.tensor_type.shape.dim[1]
-            dim.Clear()
-            dim.dim_value = graph.max_per_img
-    onnx.helper.set_model_props(proto, dict(properties))
+    for output in proto.graph.output:
+        for i, length in graph.outputs[output.name].items():
+            if isinstance(length, int):
+                output.type.tensor_type.shape.dim[i].dim_value = length
+    onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
 
-def to_torch(graph: nn.Module, example: Tensor, properties: Mapping[str, str]) -> bytes:
-    """Export by ``torch.export``.
-
-    Args:
-        graph (nn.Module): Of :mod:`convmlp_mm.export.graphs`.
-        example (Tensor): At least two pictures; other sizes may follow.
-        properties (Mapping[str, str]): Kept in the file, as ``metadata.json``.
-
-    Returns:
-        bytes: The file.
-    """
-    dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
-        graph, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
-    )
-    stream = io.BytesIO()
-    extra = {'metadata.json': json.dumps(dict(properties))}
-    torch.export.save(program, stream, extra_files=extra)
-    return stream.getvalue()
-
-
-def load_onnx(
-    content: bytes, outputs: Sequence[str]
-) -> Callable[[Tensor], list[np.ndarray]]:
-    """Open an ONNX file in onnxruntime, on the CPU and as many threads as torch.
-
-    Args:
-        content (bytes): The file.
-        outputs (Sequence[str]): Those to compute, in order.
-
-    Returns:
-        Callable: From pictures to arrays.
-    """
+def _open_onnx(content: bytes) -> Callable:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -153,17 +68,189 @@ def load_onnx(
     session = onnxruntime.InferenceSession(
         content, options, providers=['CPUExecutionProvider']
     )
-    return lambda images: session.run(list(outputs), {INPUT: images.numpy()})
+    return lambda images: session.run(None, {INPUT: images.numpy()})
 
 
-def load_torch(
-    content: bytes, outputs: Sequence[str]
-) -> Callable[[Tensor], list[np.ndarray]]:
-    """Open a file of ``torch.export``; see :func:`load_onnx`."""
+def _make_torch(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        graph, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    )
+    stream = io.BytesIO()
+    extra = {'metadata.json': json.dumps(properties)}
+    torch.export.save(program, stream, extra_files=extra)
+    return stream.getvalue()
+
+
+def _open_torch(content: bytes) -> Callable:
     module = torch.export.load(io.BytesIO(content)).module()
+    return lambda images: [output.numpy() for output in module(images)]
 
-    def run(images: Tensor) -> list[np.ndarray]:
-        with torch.no_grad():
-            return [output.numpy() for output in module(images)]
 
-    return run
+class Format(NamedTuple):
+    """How files are called, made of a graph, and opened as a function of images.
+
+    ``smallest`` is the fewest pixels of a side to trace and to compare at.
+    """
+
+    suffix: str
+    smallest: int
+    packages: tuple[str, ...]
+    make: Callable[[Graph, Tensor, dict, int], bytes]
+    open: Callable[[bytes], Callable]
+
+
+FORMATS = dict(
+    onnx=Format('.onnx', 32, ('onnx', 'onnxruntime'), _make_onnx, _open_onnx),
+    # torch.export takes a map of one position for one that always has one; the largest
+    # stride is 128.
+    torch=Format('.pt2', 129, (), _make_torch, _open_torch),
+)
+
+
+@dataclass(repr=False)
+class Exported:
+    """A file in memory, with what :func:`verify` needs and then adds."""
+
+    content: bytes
+    run: Callable
+    graph: Graph
+    shape: tuple[int, int]
+    differences: dict[str, float] | None = None
+    detections: int = 0
+    # Detections that mmdet does not have: of boxes whose scores only rounding tells
+    # apart, it has kept another.
+    rounded: int = 0
+
+
+def check_request(
+    cfg: Config,
+    path: str | os.PathLike | None = None,
+    part: str = 'model',
+    form: str = 'onnx',
+    opset: int = OPSETS[-1],
+    overwrite: bool = False,
+) -> None:
+    """Check what can be checked before a model is built.
+
+    For arguments and errors see :func:`export` and :func:`write`; without a path, none
+    is checked.
+    """
+    for name, value, allowed in (
+        ('part', part, ('model', 'backbone')),
+        ('format', form, tuple(FORMATS)),
+        ('opset', opset, tuple(OPSETS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f'{name} must be one of {allowed}, but got {value!r}')
+    suffix, _, packages, *_ = FORMATS[form]
+    if path is not None and not str(path).endswith(suffix):
+        raise ValueError(
+            f'the file of format {form!r} must end with {suffix!r}, but got {path!r}'
+        )
+    if form == 'torch' and not hasattr(torch.export.Dim, 'DYNAMIC'):
+        raise ImportError(
+            "format 'torch' needs torch 2.6 or newer: torch.export of torch "
+            f"{torch.__version__} fixes batch and size; format 'onnx' does not"
+        )
+    missing = ' and '.join(name for name in packages if util.find_spec(name) is None)
+    if missing:
+        raise ImportError(f"{missing} missing: pip install 'convmlp_mm[deploy]'")
+    # Configurations that import have the class itself.
+    kind = getattr(cfg.model.type, '__name__', cfg.model.type).rpartition('.')[2]
+    if part == 'backbone' and not cfg.model.get('backbone'):
+        raise ExportError(f'{kind} has no part that is called backbone')
+    if part == 'model' and kind not in SYSTEMS:
+        raise ExportError(
+            f'{kind} cannot be exported as a whole; {", ".join(SYSTEMS)} can, and of '
+            "other models the part 'backbone'"
+        )
+    if path is not None:
+        check_output(path, overwrite)
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn any error of an exporter or engine into one line; each has its own."""
+    try:
+        yield
+    except Exception as error:
+        line = str(error).strip().partition('\n')[0]
+        raise ExportError(f'{what}: {type(error).__name__}: {line}') from error
+
+
+def export(
+    model: BaseModel,
+    shape: tuple[int, int],
+    part: str = 'model',
+    form: str = 'onnx',
+    opset: int = OPSETS[-1],
+    notes: Mapping[str, str] | None = None,
+) -> Exported:
+    """Make a file of a model, with BN folded.
+
+    Its input ``images`` is (N, 3, H, W), float32 from 0 to 255, the colours in the
+    order of the property ``channel_order``; N, H and W are open. For the outputs see
+    the functions in :mod:`convmlp_mm.export.systems`.
+
+    Args:
+        model: A model of :func:`convmlp_mm.apis.get_model`, on the CPU; it is not
+            changed.
+        shape: Height and width in pixels to trace and to compare at.
+        part: ``'model'`` or ``'backbone'``.
+        form: One of ``FORMATS``.
+        opset: Version of the ONNX operators, one of ``OPSETS``.
+        notes: Properties to add to those that the file holds, as JSON.
+
+    Raises:
+        ValueError: If the model cannot be exported, or an argument is not allowed.
+        ImportError: If a package is missing, or torch is too old.
+    """
+    check_request(model.cfg, None, part, form, opset)
+    smallest = FORMATS[form].smallest
+    if min(shape) < smallest:
+        raise ValueError(
+            f'the shape must be at least {smallest} {smallest} for format {form!r}, '
+            f'but got {shape[0]} {shape[1]}'
+        )
+    deployed = copy.deepcopy(model)
+    switch_to_deploy(deployed)
+    deployed.requires_grad_(False)
+    kind = type(model).__name__
+    graph = (backbone if part == 'backbone' else SYSTEMS[kind])(deployed).eval()
+    properties = dict(
+        model=kind,
+        part=part,
+        channel_order=graph.order,
+        value_range=[0, 255],
+        normalized_inside=True,
+        mean=graph.mean.flatten().tolist(),
+        std=graph.std.flatten().tolist(),
+        padded_inside_to=graph.divisor,
+        classes=list(model.dataset_meta.get('classes') or ()),
+        outputs=list(graph.outputs),
+    )
+    properties.update(graph.notes, **(notes or {}))
+    for key, value in properties.items():
+        properties[key] = value if isinstance(value, str) else json.dumps(value)
+    # torch.export takes a batch of 1 for one that is always 1.
+    example = torch.zeros(2, 3, *shape)
+    refusal = refusing(f'{kind} cannot be exported to {form}')
+    with refusal, warnings.catch_warnings(), torch.no_grad():
+        # They are about shapes that Python compares; verify() tells if they matter.
+        warnings.simplefilter('ignore')
+        content = FORMATS[form].make(graph, example, properties, opset)
+        run = FORMATS[form].open(content)
+    return Exported(content, run, graph, shape)
+
+
+def write(exported: Exported, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Write a file that :func:`verify` has passed, whole or not at all.
+
+    Raises:
+        ExportError: If it has not been verified.
+        OSError: If it cannot be written; a file that is there stays.
+    """
+    if not exported.differences:
+        raise ExportError('a file is written only after verify() has passed it')
+    write_file(path, exported.content, overwrite)

@@ -6,6 +6,7 @@ Each function says what mmengine offers no public way for. When the engine moves
 
 from __future__ import annotations
 
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     'is_resumed',
     'is_training',
     'load_from',
+    'save_now',
     'set_start',
     'train_loader_settings',
 ]
@@ -80,3 +82,9 @@ def endless_iterator(loop: IterBasedTrainLoop, passes: int) -> object:
     iterator = type(loop.dataloader_iterator)(loop.dataloader)
     iterator._epoch = passes
     return iterator
+
+
+def save_now(hook: CheckpointHook, runner: Runner, epoch: int, iteration: int) -> None:
+    """Let a CheckpointHook save the iteration at a moment that it would not choose."""
+    meta = dict(epoch=epoch, iter=iteration)
+    hook._save_checkpoint_with_step(runner, iteration, meta=meta)

@@ -14,10 +14,10 @@ from mmengine.dist import init_dist
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
-from ..checkpoint_io import read_checkpoint
+from ..checkpoint import read_checkpoint
 from ..config_checks import check_optimizer
 from ..data_checks import check_while_reading
-from ..hooks.latest import find_latest_checkpoint
+from ..hooks.checkpoint import find_latest_checkpoint
 from ..hooks.model import CheckWeightsHook
 from ..hooks.work_dir import LaunchHook, work_dir_lock
 from .options import map_config

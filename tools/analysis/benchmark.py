@@ -40,14 +40,14 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmlp_mm import ConvMLP, launch
-from convmlp_mm.analysis.complexity import default_shape
-from convmlp_mm.analysis.output import format_table
 from convmlp_mm.apis import build_model, switch_to_deploy
-from convmlp_mm.config_checks import WORKER_KEYS
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.hooks.model import operator_of_mmcv, use_channels_last
 from convmlp_mm.launch.process import keep_memory
+from convmlp_mm.launch.runner import plain_optim_wrapper
+from convmlp_mm.launch.tables import format_table
+from convmlp_mm.toolkits import default_shape
+from convmlp_mm.zoo import WORKER_KEYS, find_config
 
 OPTIONS = ('deploy', 'bf16', 'compile', 'channels-last')
 PUBLISHED, MATMUL = 'published::', 'matmul'
@@ -234,7 +234,7 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     settings = copy.deepcopy(model.cfg.get('optim_wrapper')) or dict(
         type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)
     )
-    launch.plain_optim_wrapper(settings)
+    plain_optim_wrapper(settings)
     model.train()
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)

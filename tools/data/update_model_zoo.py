@@ -8,8 +8,8 @@ from pathlib import Path
 
 import modelindex
 
-from convmlp_mm.analysis.output import format_table
-from convmlp_mm.files import write_file
+from convmlp_mm.checkpoint import write_file
+from convmlp_mm.launch.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = '<!-- model zoo: written by tools/data/update_model_zoo.py -->\n'

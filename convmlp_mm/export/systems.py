@@ -1,0 +1,252 @@
+"""The systems that can be exported, as graphs from pixels to results.
+
+``SYSTEMS`` has one function per system. It refuses the settings that its graph does not
+have, and returns the graph with the names of its outputs. A graph has no loop over
+images and no branch on values, so that batch and size of the images stay open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+__all__ = ['NO_LABEL', 'SYSTEMS', 'ExportError', 'Graph']
+
+# The label of the places in a list of detections that no detection takes.
+NO_LABEL = -1
+
+
+class ExportError(ValueError):
+    """A model cannot be exported, or the exported file computes something else."""
+
+
+class Graph(nn.Module):
+    """A model behind the arithmetic of its data preprocessor.
+
+    Args:
+        model: A model of a toolkit.
+        compute: Maps model, preprocessed images and their size before padding to the
+            outputs.
+        outputs: Their names, each with the names of its open axes and the lengths that
+            an exporter does not find by itself.
+        notes: Properties of the file beside those that all files have.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        compute: Callable[..., tuple[Tensor, ...]],
+        outputs: dict[str, dict[int, str | int]],
+        **notes: object,
+    ) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+        self.outputs, self.notes = outputs, notes
+        settings = model.cfg.model.get('data_preprocessor') or {}
+        to_rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')
+        self.order = 'RGB' if to_rgb else 'BGR'
+        given = model.data_preprocessor
+        mean = getattr(given, 'mean', torch.zeros(3, 1, 1))
+        std = getattr(given, 'std', torch.ones(3, 1, 1))
+        self.register_buffer('mean', mean.detach().clone())
+        self.register_buffer('std', std.detach().clone())
+        # mmseg has names of its own: pad_val, and test_cfg for the padding in tests.
+        test_cfg = getattr(given, 'test_cfg', None) or {}
+        _require('data_preprocessor.test_cfg.size', test_cfg.get('size'), None)
+        padding = getattr(given, 'pad_size_divisor', test_cfg.get('size_divisor'))
+        self.divisor = padding or 1
+        self.pad_value = getattr(given, 'pad_value', getattr(given, 'pad_val', 0))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map pixels (N, 3, H, W), from 0 to 255, to the outputs."""
+        height, width = images.shape[2:]
+        padded, more = (images - self.mean) / self.std, self.divisor
+        if more > 1:
+            # A padding that may be 0 would split the graph in two, so it pads by more
+            # than needed and cuts.
+            padded = F.pad(padded, (0, more, 0, more), value=float(self.pad_value))
+            rows = (height + more - 1) // more * more
+            columns = (width + more - 1) // more * more
+            padded = padded[:, :, :rows, :columns]
+        return self.compute(self.model, padded, (height, width))
+
+
+def _require(name: str, value: object, allowed: object, fits: bool = False) -> None:
+    if not fits and value != allowed:
+        raise ExportError(f'{name} must be {allowed} to be exported, but is {value}')
+
+
+def backbone(model: BaseModel) -> Graph:
+    """Export the backbone of any model: ``feature_0`` and so on, (N, C, h, w)."""
+
+    def compute(backbone, images, size):
+        return tuple(backbone(images))
+
+    with torch.no_grad():
+        number = len(model.backbone(torch.zeros(1, 3, 128, 128)))
+    outputs = {
+        f'feature_{i}': {0: 'batch', 2: f'height_{i}', 3: f'width_{i}'}
+        for i in range(number)
+    }
+    given = {k: getattr(model.backbone, k, None) for k in ('strides', 'out_channels')}
+    notes = {k: list(value) for k, value in given.items() if value is not None}
+    graph = Graph(model, compute, outputs, **notes)
+    # The file holds no weights of neck and head.
+    graph.model = model.backbone
+    return graph
+
+
+def classifier(model: BaseModel) -> Graph:
+    """Export a classifier: ``scores`` (N, classes), which add up to 1."""
+    from mmpretrain.models import ClsHead
+
+    def compute(model, images, size):
+        return (model(images, mode='tensor').softmax(dim=1),)
+
+    kind = type(model.head).__name__
+    _require('head', kind, 'a ClsHead', isinstance(model.head, ClsHead))
+    return Graph(model, compute, dict(scores={0: 'batch'}))
+
+
+def segmentor(model: BaseModel) -> Graph:
+    """Export a segmentor of whole images.
+
+    It gives ``labels`` (N, H, W), int64, and ``logits`` (N, classes, H, W).
+    """
+
+    def compute(model, images, size):
+        logits = F.interpolate(
+            model(images, mode='tensor'),
+            size=images.shape[2:],
+            mode='bilinear',
+            align_corners=model.align_corners,
+        )
+        logits = logits[:, :, : size[0], : size[1]]
+        return logits.argmax(dim=1), logits
+
+    _require('test_cfg.mode', model.test_cfg.get('mode', 'whole'), 'whole')
+    channels = model.out_channels
+    _require('decode_head.out_channels', channels, 'above 1', channels > 1)
+    _free_upsampling(model)
+    outputs = dict(
+        labels={0: 'batch', 1: 'height', 2: 'width'},
+        logits={0: 'batch', 2: 'height', 3: 'width'},
+    )
+    return Graph(model, compute, outputs)
+
+
+def _free_upsampling(model: nn.Module) -> None:
+    """Replace mmseg's ``Upsample``, whose ``int(side * factor)`` fixes the size."""
+    from mmseg.models.utils import Upsample
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if not isinstance(child, Upsample) or child.size:
+                continue
+            if float(child.scale_factor).is_integer():
+                settings = (None, child.scale_factor, child.mode, child.align_corners)
+                setattr(parent, name, nn.Upsample(*settings))
+
+
+def retinanet(model: BaseModel) -> Graph:
+    """Export RetinaNet with the post-processing that its ``test_cfg`` asks for.
+
+    It gives ``boxes`` (N, K, 4), left, top, right, bottom in pixels, ``scores`` and
+    ``labels`` (N, K), best first. K is ``max_per_img``; places that no detection takes
+    have the label ``NO_LABEL`` and 0 else.
+    """
+    head, cfg = model.bbox_head, model.bbox_head.test_cfg
+    coder = type(head.bbox_coder).__name__
+    _require('bbox_head', type(head).__name__, 'RetinaHead')
+    _require('bbox_head.loss_cls.use_sigmoid', head.use_sigmoid_cls, True)
+    _require('bbox_head.bbox_coder', coder, 'DeltaXYWHBBoxCoder')
+    _require('test_cfg.nms.type', cfg.nms.get('type'), 'nms')
+    for key in ('nms_pre', 'max_per_img'):
+        value = cfg.get(key, -1)
+        _require(f'test_cfg.{key}', value, 'above 0', value > 0)
+    length = min(cfg.max_per_img, head.prior_generator.num_levels * cfg.nms_pre)
+    outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch', 1: length})
+    return Graph(model, _detect, outputs, test_cfg=cfg.to_dict())
+
+
+def _detect(
+    model: BaseModel, images: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what :func:`retinanet` gives."""
+    head, cfg = model.bbox_head, model.bbox_head.test_cfg
+    logits, deltas = head(model.extract_feat(images))
+    anchors = head.prior_generator.grid_priors(
+        [level.shape[-2:] for level in logits], device=images.device
+    )
+    levels = [_decode_best(head, *level) for level in zip(logits, deltas, anchors)]
+    boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels))
+    if head.bbox_coder.clip_border:
+        x = boxes[..., 0::2].clamp(min=0, max=size[1])
+        y = boxes[..., 1::2].clamp(min=0, max=size[0])
+        boxes = torch.stack([x, y], dim=-1).flatten(-2)
+    valid = scores > cfg.get('score_thr', 0)
+    if cfg.get('min_bbox_size', -1) >= 0:
+        sides = boxes[..., 2:] - boxes[..., :2]
+        valid = valid & (sides > cfg.min_bbox_size).all(dim=-1)
+    scores = _suppress(cfg.nms, boxes, scores, labels, valid)
+    scores, order = scores.topk(min(cfg.max_per_img, scores.shape[1]), dim=1)
+    found = scores > 0
+    boxes = _take_rows(boxes, order) * found[..., None]
+    return boxes, scores, labels.gather(1, order).masked_fill(~found, NO_LABEL)
+
+
+def _decode_best(
+    head: nn.Module, logits: Tensor, deltas: Tensor, anchors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode the ``nms_pre`` pairs of box and class of a level with the best scores.
+
+    Logits (N, A * classes, H, W), deltas (N, A * 4, H, W) and anchors (H * W * A, 4)
+    give boxes (N, nms_pre, 4), scores and labels (N, nms_pre).
+    """
+    batch, number = logits.shape[0], head.test_cfg.nms_pre
+    logits = logits.permute(0, 2, 3, 1).flatten(1)
+    deltas = deltas.permute(0, 2, 3, 1).reshape(batch, -1, 4)
+    # The number to take must be a constant, but small levels have fewer pairs: others
+    # of score 0 stand before them.
+    logits = F.pad(logits, (number, 0), value=float('-inf'))
+    best, order = logits.topk(number, dim=1)
+    order = (order - number).clamp(min=0)
+    labels, order = order % head.cls_out_channels, order // head.cls_out_channels
+    boxes = head.bbox_coder.decode(
+        anchors[order].flatten(0, 1), _take_rows(deltas, order).flatten(0, 1)
+    )
+    return boxes.reshape(batch, number, 4), best.sigmoid(), labels
+
+
+def _suppress(
+    nms: ConfigDict, boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor
+) -> Tensor:
+    """Set the scores (N, M) to 0 of boxes that are not valid or are suppressed."""
+    # As in mmcv, boxes are set apart by class, so that one suppression serves all; here
+    # by image too, in y alone, which keeps them small enough for float32.
+    step = (boxes * valid[..., None]).max() + 1
+    index = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
+    across = torch.zeros_like(labels) if nms.get('class_agnostic') else labels
+    shift = torch.stack([across, across + index] * 2, dim=-1).to(boxes) * step
+    candidates = valid.flatten().nonzero()[:, 0]
+    apart = (boxes + shift).flatten(0, 1)[candidates]
+    flat = scores.flatten()
+    kept = torchvision.ops.nms(apart, flat[candidates], nms.iou_threshold)
+    kept = candidates[kept]
+    return torch.zeros_like(flat).scatter(0, kept, flat[kept]).reshape(scores.shape)
+
+
+def _take_rows(values: Tensor, order: Tensor) -> Tensor:
+    """Select rows of (N, M, 4) by (N, K)."""
+    return values.gather(1, order[..., None].expand(-1, -1, 4))
+
+
+SYSTEMS = dict(
+    ImageClassifier=classifier, EncoderDecoder=segmentor, RetinaNet=retinanet
+)

@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""Draw the feature maps of several backbones for one image, stage by stage.
+
+A row for each model, a column for each stage, as in Sec. 4.7 and Figure 4 of the paper:
+docs/figures.md.
+"""
+
+import argparse
+import math
+from functools import partial
+
+import common
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from convmlp_mm.launch import one_line_errors
+
+NUM_DEPTHS = 4
+RULE = (
+    'Shown are the {} channels of each stage that vary most over the image (largest '
+    'standard deviation first; numbers are channel indices),\neach scaled from its own '
+    '1st to 99th percentile. Squares are positions of the map.'
+)
+
+
+def find_stages(backbone: nn.Module) -> list[str]:
+    """Name the modules whose outputs are shown; of a row of equal blocks, four."""
+    lists = [name for name in ('stages', 'layers', 'blocks') if hasattr(backbone, name)]
+    if hasattr(backbone, 'feature_points'):
+        names = [point.name for point in backbone.feature_points]
+    elif hasattr(backbone, 'res_layers'):
+        names = backbone.res_layers
+    elif getattr(backbone, 'feature_info', None):
+        names = [info['module'] for info in backbone.feature_info]
+    elif lists:
+        names = [f'{lists[0]}.{i}' for i in range(len(getattr(backbone, lists[0])))]
+    else:
+        raise ValueError(f'{type(backbone).__name__} does not say what its stages are')
+    if len(names) > NUM_DEPTHS + 1:
+        steps = range(1, NUM_DEPTHS + 1)
+        names = [names[i * len(names) // NUM_DEPTHS - 1] for i in steps]
+    return names
+
+
+def as_map(output: object, size: tuple[int, int]) -> Tensor:
+    """Bring the output of a stage to (C, h, w), tokens back onto their grid."""
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    if output.dim() == 4:
+        return output[0]
+    height = round((output.shape[1] * size[0] / size[1]) ** 0.5)
+    width = output.shape[1] // height
+    # A class token stands before the others.
+    return output[0, -height * width :].T.unflatten(1, (height, width))
+
+
+def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
+    """Compute what the stages of a backbone hand to each other.
+
+    ``inputs`` is one normalised image (1, 3, H, W). The maps of a stage are (C, h, w).
+    """
+    backbone = getattr(model, 'backbone', None) or model.model
+    stages = {}
+
+    def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        # A later layer may work in place.
+        stages[name] = as_map(output, inputs.shape[2:]).clone()
+
+    for name in find_stages(backbone):
+        backbone.get_submodule(name).register_forward_hook(partial(keep, name))
+    with torch.no_grad():
+        backbone(inputs)
+    return stages
+
+
+def choose_channels(maps: Tensor, number: int) -> list[int]:
+    """Choose the channels with the largest standard deviation, largest first."""
+    spread = maps.flatten(1).std(1, correction=0)
+    return spread.argsort(descending=True, stable=True)[:number].tolist()
+
+
+def draw(rows: list[tuple], number: int) -> Figure:
+    """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
+    columns = 2 + max(len(stages) for _, _, stages in rows)
+    side = math.ceil(number**0.5)
+    # In inches: two lines of title above maps of the image's proportions.
+    heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
+    figure = Figure(figsize=(2.1 * columns, sum(heights) + 0.4))
+    body, foot = figure.subfigures(2, 1, height_ratios=(sum(heights), 0.4))
+    foot.text(0.01, 0.3, RULE.format(number), fontsize=8)
+    grid = body.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
+    for row, height, (source, image, stages) in zip(grid, heights, rows):
+        space = dict(left=0.02, right=0.98, bottom=0.01, wspace=0.02, hspace=0.02)
+        space['top'] = 1 - 0.34 / height
+        common.state(row[0].subplots(gridspec_kw=space), source, image)
+        axes = row[1].subplots(gridspec_kw=space)
+        axes.imshow(image)
+        axes.set_axis_off()
+        axes.set_title('input', fontsize=8)
+        for cell, (name, maps) in zip(row[2:], stages.items()):
+            stride = round(image.shape[0] / maps.shape[1])
+            text = '{} maps of {} x {}, stride {}'.format(*maps.shape, stride)
+            cell.suptitle(f'{name}\n{text}', fontsize=8, y=1 - 0.05 / height)
+            tiles = cell.subplots(side, side, squeeze=False, gridspec_kw=space)
+            for axes in tiles.flat:
+                axes.set_axis_off()
+            for axes, channel in zip(tiles.flat, choose_channels(maps, number)):
+                low, high = np.percentile(maps[channel], (1, 99))
+                axes.imshow(maps[channel], vmin=low, vmax=high)
+                box = dict(facecolor='black', alpha=0.55, lw=0, pad=1)
+                style = dict(fontsize=6, color='white', va='top', bbox=box)
+                axes.text(0.03, 0.97, channel, transform=axes.transAxes, **style)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('image', help='image to look at')
+    common.add_arguments(parser)
+    parser.add_argument('--channels', type=int, default=9, help='of each stage, 1-64')
+    args = parser.parse_args()
+    with one_line_errors():
+        if not 1 <= args.channels <= 64:
+            raise ValueError(f'--channels must be 1 to 64, but got {args.channels}')
+        image = common.read_image(args.image)
+        sources = common.load_models(args, need_head=False)
+        rows = []
+        for source in sources:
+            seen, inputs = common.prepare(source, image, args.size)
+            with common.running(source):
+                stages = extract_stages(source.model, inputs)
+            rows.append((source, seen, stages))
+    common.save_figure(args, draw(rows, args.channels), sources)
+
+
+if __name__ == '__main__':
+    main()

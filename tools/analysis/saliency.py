@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Draw what decides the predictions of several classifiers, image by image.
+
+A column for each image with its ground truth above, a row for each classifier with its
+predictions below the maps, as in Appendix A and Figure 5 of the paper:
+docs/figures.md.
+"""
+
+import argparse
+from typing import NamedTuple
+
+import common
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from convmlp_mm.launch import one_line_errors
+
+RULE = (
+    'Gradient of the score of the predicted class, before the softmax;\nlargest '
+    'magnitude over the colours, each map scaled from 0 to its 99th percentile.'
+)
+RIGHT, WRONG, UNKNOWN = '#1a7f37', '#c00000', '#303030'
+
+
+class Saliency(NamedTuple):
+    """An image (H, W, 3), the saliency of its pixels (H, W), and the prediction."""
+
+    image: np.ndarray
+    values: Tensor
+    label: str
+    score: float
+
+
+def compute_saliency(model: BaseModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of the predicted class's score (Simonyan et al., 2014).
+
+    Returns its largest magnitude over the colours (H, W), and the scores before the
+    softmax (classes,). ``inputs`` is one normalised image (1, 3, H, W).
+    """
+    x = inputs.clone().requires_grad_()
+    scores = model(x, mode='tensor')[0]
+    (gradient,) = torch.autograd.grad(scores.max(), x)
+    return gradient[0].abs().amax(0), scores.detach()
+
+
+def class_names(source: common.StatedModel) -> list[str]:
+    """Return the first synonym of each class, nothing if they are not known."""
+    classes = (source.model.dataset_meta or {}).get('classes') or ()
+    return [str(name).partition(',')[0] for name in classes]
+
+
+def find_label(label: str, sources: list[common.StatedModel]) -> str:
+    """Turn a name or number into the name of a class, of all classifiers."""
+    found = label
+    for source in sources:
+        names = class_names(source)
+        if label.isdigit() and int(label) < len(names):
+            found = names[int(label)]
+        elif names and label.lower() not in map(str.lower, names):
+            raise ValueError(
+                f'--labels: {source.name} has no class {label!r}; its {len(names)} '
+                f'classes begin with {", ".join(names[:10])}'
+            )
+    return found
+
+
+def explain(
+    source: common.StatedModel, image: np.ndarray, size: tuple[int, int]
+) -> Saliency:
+    """Compute the saliency of one image (H, W, 3), and what is predicted."""
+    seen, inputs = common.prepare(source, image, size)
+    with common.running(source):
+        values, scores = compute_saliency(source.model, inputs)
+    label = int(scores.argmax())
+    name = dict(enumerate(class_names(source))).get(label, f'class {label}')
+    return Saliency(seen, values, name, float(scores.softmax(0)[label]))
+
+
+def draw(
+    sources: list[common.StatedModel],
+    rows: list[list[Saliency]],
+    truths: list[str | None],
+) -> Figure:
+    """Draw the images in the first row, and a row of maps for each classifier."""
+    shape = len(rows) + 1, len(truths) + 1
+    figure = Figure((1.9 * shape[1], 2.15 * shape[0] + 0.4), layout='constrained')
+    grid = figure.subplots(*shape, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for axes, found, truth in zip(grid[0, 1:], rows[0], truths):
+        axes.imshow(found.image)
+        axes.set_title(truth or 'ground truth not given', fontsize=9)
+    for line, source, row in zip(grid[1:], sources, rows):
+        common.state(line[0], source, row[0].image)
+        for axes, found, truth in zip(line[1:], row, truths):
+            top = max(np.percentile(found.values, 99), np.finfo(np.float32).tiny)
+            axes.imshow(found.values, cmap='magma', vmin=0, vmax=top)
+            if not found.values.any():
+                # A head that starts from zeros has no gradient.
+                style = dict(color='white', ha='center', transform=axes.transAxes)
+                axes.text(0.5, 0.5, 'zero everywhere', fontsize=8, **style)
+            right = truth is not None and found.label.lower() == truth.lower()
+            colour = UNKNOWN if truth is None else RIGHT if right else WRONG
+            text = f'{found.label} {found.score:.2f}'
+            axes.set_xlabel(text, fontsize=9, color=colour)
+    figure.supxlabel(RULE, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('images', nargs='+', help='images to look at')
+    common.add_arguments(parser)
+    text = 'ground truth of each image: name of a class, or its number from 0'
+    parser.add_argument('--labels', nargs='+', metavar='LABEL', help=text)
+    args = parser.parse_args()
+    with one_line_errors():
+        truths = args.labels or [None] * len(args.images)
+        if len(truths) != len(args.images):
+            raise ValueError(
+                f'--labels must be one for each of the {len(args.images)} images, but '
+                f'there are {len(truths)}'
+            )
+        images = [common.read_image(path) for path in args.images]
+        sources = common.load_models(args)
+        for source in sources:
+            if source.model.cfg.default_scope != 'mmpretrain':
+                raise ValueError(f'{source.name} is no classifier')
+        truths = [truth and find_label(truth, sources) for truth in truths]
+        rows = [[explain(s, image, args.size) for image in images] for s in sources]
+    common.save_figure(args, draw(sources, rows, truths), sources)
+
+
+if __name__ == '__main__':
+    main()

@@ -146,5 +146,5 @@ def test_pre_commit_formats_with_the_ruff_of_the_tests():
     packaging = pytest.importorskip('packaging.requirements')
     config = (ROOT / '.pre-commit-config.yaml').read_text()
     release = re.search(r'ruff-pre-commit\n\s+rev: v([\d.]+)', config).group(1)
-    text = re.search(r"'(ruff[^']*)'", (ROOT / 'setup.py').read_text()).group(1)
+    text = re.search(r'"(ruff[^"]*)"', (ROOT / 'pyproject.toml').read_text()).group(1)
     assert release in packaging.Requirement(text).specifier

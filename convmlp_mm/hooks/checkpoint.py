@@ -272,7 +272,7 @@ def check_resumable(checkpoint: dict) -> None:
 
     Args:
         checkpoint (dict): What the file holds, after
-            :func:`~convmlp_mm.checkpoint_io.check_content`. Its logs are made again
+            :func:`~convmlp_mm.checkpoint.check_content`. Its logs are made again
             from their numbers.
 
     Raises:

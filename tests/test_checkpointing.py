@@ -82,49 +82,37 @@ class Calls(Hook):
             self.gather(runner)
 
 
-def build(
-    work_dir,
-    epochs=1,
-    scores=None,
-    calls=None,
-    by_epoch=True,
-    runner_type=Runner,
-    **options,
-):
+def build(work_dir, epochs=1, scores=None, calls=None, by_epoch=True, **options):
     """A run of two iterations an epoch."""
-    hook = {k: options.pop(k) for k in list(options) if k in ('resume', 'load_from')}
+    start = {k: options.pop(k) for k in ('resume', 'load_from') if k in options}
     sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
-    loader = dict(batch_size=1, num_workers=0, sampler=dict(type=sampler))
-    loop = (
-        dict(by_epoch=True, max_epochs=epochs)
-        if by_epoch
-        else dict(by_epoch=False, max_iters=2 * epochs, val_interval=2)
-    )
+    loader = dict(batch_size=1, num_workers=0, dataset=Numbers())
+    loop = dict(by_epoch=True, max_epochs=epochs)
+    if not by_epoch:
+        loop = dict(by_epoch=False, max_iters=2 * epochs, val_interval=2)
     validation = {}
     if scores is not None:
         validation = dict(
-            val_dataloader=dict(
-                loader, dataset=Numbers(), sampler=dict(type='DefaultSampler')
-            ),
+            val_dataloader=dict(loader, sampler=dict(type='DefaultSampler')),
             val_cfg=dict(),
             val_evaluator=[Scores(scores)],
         )
-    hooks = dict(checkpoint=dict(type='SafeCheckpointHook', by_epoch=by_epoch))
-    hooks['checkpoint'].update(dict(interval=1) | options)
-    runner = runner_type(
+    options = dict(interval=1) | options
+    return Runner(
         Toy(),
         work_dir=str(work_dir),
-        train_dataloader=dict(loader, dataset=Numbers()),
+        train_dataloader=dict(loader, sampler=dict(type=sampler)),
         train_cfg=loop,
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
-        default_hooks=hooks,
+        default_hooks=dict(
+            checkpoint=dict(type='SafeCheckpointHook', by_epoch=by_epoch, **options)
+        ),
         custom_hooks=[calls] if calls else [],
         log_level='WARNING',
         experiment_name=f'run{time.monotonic_ns()}',
         **validation,
-        **hook,
+        **start,
     )
-    return runner
 
 
 def train(work_dir, *args, **kwargs):

@@ -63,12 +63,7 @@ PREEMPTED_FILE = 'preempted_ckpt'
 
 
 class NotSavedError(OSError):
-    """A file of the run could not be written.
-
-    Args:
-        message (str): The whole sentence.
-        number (int, optional): ``errno`` of what has happened. Defaults to None.
-    """
+    """A file of the run could not be written; the message is a whole sentence."""
 
     def __init__(self, message: str, number: int | None = None) -> None:
         super().__init__(message)
@@ -86,13 +81,9 @@ class AtomicLocalBackend(LocalBackend):
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
         """Write bytes, and folders that are missing.
 
-        Args:
-            obj (bytes): What the file will hold.
-            filepath (str | PathLike): The file.
-
         Raises:
-            OSError: If it cannot be written; its ``filename`` is that of the file,
-                and what was there is as it was.
+            OSError: If it cannot be written, with the file as ``filename``; what was
+                there is as it was.
         """
         try:
             os.makedirs(osp.dirname(filepath) or '.', exist_ok=True)
@@ -111,13 +102,9 @@ register_backend('atomic_local', AtomicLocalBackend, force=True)
 
 
 class DeferredRemovals:
-    """A file backend that only notes which files are to be removed.
+    """A file backend that only notes the names of files that are to be removed.
 
-    CheckpointHook removes what a checkpoint replaces before it saves it.
-
-    Args:
-        backend (BaseStorageBackend): It does everything else.
-        names (list[str]): The names of the files are added to it.
+    CheckpointHook would remove what a checkpoint replaces before it saves it.
     """
 
     def __init__(self, backend: object, names: list[str]) -> None:
@@ -161,9 +148,6 @@ def remove_checkpoint(hook: CheckpointHook, name: str) -> None:
     Args:
         hook (CheckpointHook): Of the main process; it knows the place.
         name (str): Name of the file. Others than the hook's own, and folders, stay.
-
-    Raises:
-        OSError: If it cannot be deleted.
     """
     backend = getattr(hook.file_backend, 'backend', hook.file_backend)
     path = backend.join_path(hook.out_dir, name)
@@ -179,8 +163,7 @@ def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
 
     Args:
         runner (Runner): The runner, before its training.
-        info (dict): ``runtime_info`` in the message hub of the checkpoint; it is
-            changed.
+        info (dict): ``runtime_info`` in the message hub; it is changed.
         resumed (str): The checkpoint.
     """
     hook = next(iter(checkpoint_hooks(runner)), None)
@@ -218,14 +201,9 @@ def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
 
 
 def named_checkpoint(work_dir: str | os.PathLike) -> str | None:
-    """Find the checkpoint that ``last_checkpoint`` names.
+    """Return the path or URL of the checkpoint that ``last_checkpoint`` names.
 
-    Args:
-        work_dir (str | PathLike): The folder of the run, which may have been
-            moved since.
-
-    Returns:
-        str | None: A path or URL, or None if there is none.
+    The run may have been moved since. If there is none, the result is None.
     """
     *_, named = None, *_named(os.fspath(work_dir))[1]
     return named
@@ -271,9 +249,8 @@ def check_resumable(checkpoint: dict) -> None:
     """Check that the Runner can go on from a checkpoint.
 
     Args:
-        checkpoint (dict): What the file holds, after
-            :func:`~convmlp_mm.checkpoint.check_content`. Its logs are made again
-            from their numbers.
+        checkpoint (dict): What the file holds. Its logs are made again from their
+            numbers.
 
     Raises:
         ValueError: If something is missing, or is not what the Runner writes.
@@ -320,16 +297,14 @@ def find_latest_checkpoint(
 
     It is the one that ``last_checkpoint`` names, or else the ``*.pth`` of the folder
     that has the most iterations; of files whose names differ in their number alone,
-    the first that opens counts. Each is read as :func:`read_checkpoint` does. The best
-    ones (``best_*``) and published ones have no state of the optimizer and are passed
-    over. Those that do not open, or lack what it takes, are reported in one warning
-    each.
+    the first that opens counts. The best ones (``best_*``) and published ones have no
+    state of the optimizer and are passed over. Those that do not open, or lack what it
+    takes, are reported in one warning each.
 
     Args:
         work_dir (str | PathLike): The folder of the run, which may have been moved.
-        launch (str, optional): Pass over checkpoints that another launch has saved,
-            see :class:`convmlp_mm.hooks.work_dir.LaunchHook`. Defaults to None, which
-            means any.
+        launch (str, optional): The only launch whose checkpoints count, see
+            :class:`convmlp_mm.hooks.work_dir.LaunchHook`. Defaults to None: any.
 
     Returns:
         str | None: A path or URL, or None if there is no such checkpoint.
@@ -431,9 +406,7 @@ class SafeCheckpointHook(CheckpointHook):
     processes before each checkpoint that a run can be resumed from,
     ``before_save_checkpoint`` before any, in the first process only.
 
-    Args:
-        *args: Of CheckpointHook.
-        **kwargs: Of CheckpointHook.
+    The arguments are those of CheckpointHook.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -488,10 +461,6 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoints, and then remove the former ones.
-
-        Args:
-            runner (Runner): The runner.
-            metrics (dict): The results of the validation.
 
         Raises:
             NotSavedError: If one cannot be saved.

@@ -5,7 +5,6 @@ mmpretrain, mmdet and mmseg find it, and the hooks of its configurations beside 
 mmengine. It changes nothing else, and imports no toolkit.
 """
 
-from . import storage  # noqa: F401, registers the backend
 from .apis import get_inferencer, get_model
 from .convmlp import ConvMLP
 from .hooks import *  # noqa: F403

@@ -5,26 +5,20 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.infer import BaseInferencer
 from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
+from torch import nn
 
-from .checkpoint_io import read_checkpoint
-from .config_checks import give_visualizer
-from .config_files import find_config
+from .checkpoint import fit_checkpoint, read_checkpoint
 from .hooks.data import walk_datasets
 from .toolkits import toolkit_of
-from .weights import fit_checkpoint
-from .zoo import published_weights
-
-if TYPE_CHECKING:
-    from mmengine.infer import BaseInferencer
-    from mmengine.model import BaseModel
-    from torch import nn
+from .zoo import find_config, give_visualizer, published_weights
 
 __all__ = [
     'build_model',
@@ -39,12 +33,11 @@ def build_model(cfg: Config) -> BaseModel:
     """Build the model of a configuration in the scope of its toolkit.
 
     Args:
-        cfg (Config): Of mmpretrain, mmdet or mmseg; it is not changed.
+        cfg: Of mmpretrain, mmdet or mmseg; it is not changed.
 
     Returns:
-        BaseModel: In evaluation mode, on the CPU, with random weights, the
-        configuration as ``cfg`` and the names of the classes in
-        ``dataset_meta``.
+        In evaluation mode, on the CPU, with random weights, the configuration as
+        ``cfg`` and the names of the classes in ``dataset_meta``.
 
     Raises:
         ValueError: If the configuration does not name one of the toolkits.
@@ -73,21 +66,19 @@ def get_model(
     """Build a classifier, detector or segmentor by its name.
 
     Args:
-        name (str): See :func:`find_config`.
-        pretrained (bool | str): Whether to load the published weights of this
-            model, or the path or URL of others. Defaults to False, which
-            leaves the weights random.
-        device (str, optional): Where the model goes. Defaults to the CPU.
-        **changes: What to merge into ``model`` of the configuration, for
-            instance ``backbone=dict(out_indices=(0, 1, 2, 3))``.
+        name: See :func:`find_config`.
+        pretrained: Whether to load the published weights of this model, or the path
+            or URL of others. Defaults to False, which leaves the weights random.
+        device: Where the model goes. Defaults to the CPU.
+        **changes: What to merge into ``model`` of the configuration, for instance
+            ``backbone=dict(out_indices=(0, 1, 2, 3))``.
 
     Returns:
-        BaseModel: In evaluation mode, with its configuration as ``cfg`` and
-        the names of the classes in ``dataset_meta``.
+        See :func:`build_model`.
 
     Raises:
-        ValueError: If there is no such model, if it has no published weights,
-            or if the weights do not fit.
+        ValueError: If there is no such model, if it has no published weights, or if
+            the weights do not fit.
 
     Examples:
         >>> model = get_model('convmlp_s_imagenet')
@@ -108,23 +99,22 @@ def get_inferencer(
 ) -> BaseInferencer:
     """Build the inferencer of the toolkit that a model belongs to, by name.
 
-    mmengine's inferencers know names of OpenMMLab's own packages only, and
-    load weights without checking them.
+    mmengine's inferencers know names of OpenMMLab's own packages only, and load weights
+    without checking them.
 
     Args:
-        name (str | Config): See :func:`find_config`.
-        weights (bool | str): Whether to load the published weights, or the
-            path or URL of others. Defaults to True.
-        device (str, optional): Where the model goes. Defaults to a GPU if
-            there is one.
+        name: See :func:`find_config`.
+        weights: Whether to load the published weights, or the path or URL of others.
+            Defaults to True.
+        device: Where the model goes. Defaults to a GPU if there is one.
 
     Returns:
-        BaseInferencer: ``ImageClassificationInferencer`` of mmpretrain,
-        ``DetInferencer`` of mmdet or ``MMSegInferencer`` of mmseg.
+        ``ImageClassificationInferencer`` of mmpretrain, ``DetInferencer`` of mmdet or
+        ``MMSegInferencer`` of mmseg.
 
     Raises:
-        ValueError: See :func:`get_model`; and if the head in the file has
-            another number of classes, since the model could not predict.
+        ValueError: See :func:`get_model`; and if the head in the file has another
+            number of classes, since the model could not predict.
     """
     weights = _find_weights(name, weights)
     cfg = find_config(name)
@@ -139,19 +129,18 @@ def get_inferencer(
     if toolkit.scope == 'mmpretrain':
         options['pretrained'] = False
     elif toolkit.scope == 'mmseg':
-        # Without it, the visualizer takes the colours of another data set.
-        meta.setdefault('palette', _palette(len(meta['classes'])))
+        # Without colours, drawn as mmseg does, the visualizer takes those of another
+        # data set.
+        drawn = np.random.RandomState(42).randint(0, 255, (len(meta['classes']), 3))
+        meta.setdefault('palette', drawn.tolist())
         options = dict(classes=meta['classes'], palette=meta['palette'])
-    with (
-        warnings.catch_warnings(),
-        DefaultScope.overwrite_default_scope(toolkit.scope),
-    ):
+    in_scope = DefaultScope.overwrite_default_scope(toolkit.scope)
+    with warnings.catch_warnings(), in_scope:
         # The toolkits warn of weights that are not loaded and classes that are
         # guessed, which is put right below.
         warnings.simplefilter('ignore')
-        inferencer = toolkit.inferencer_class()(
-            cfg, device=device or get_device(), **options
-        )
+        build = toolkit.inferencer_class()
+        inferencer = build(cfg, device=device or get_device(), **options)
     model = inferencer.model
     model.cfg = cfg
     # The visualizer shares the dict of a detector or segmentor.
@@ -165,9 +154,12 @@ def get_inferencer(
 
 
 def _find_weights(name: str | Config, wanted: bool | str) -> str | None:
-    if wanted is True and isinstance(name, Config):
+    """Return the path or URL of the weights that are wanted, if any are."""
+    if wanted is not True:
+        return wanted or None
+    if isinstance(name, Config):
         raise ValueError('the weights of a configuration that was read must be named')
-    return published_weights(name) if wanted is True else wanted or None
+    return published_weights(name)
 
 
 def load_weights(
@@ -178,32 +170,28 @@ def load_weights(
     A line in the log says how many tensors matched and what was skipped.
 
     Args:
-        model (BaseModel): See :func:`build_model`. If its configuration does
-            not name the classes, ``dataset_meta`` gets the names in the file.
-        weights (str): Path or URL, see
-            :func:`convmlp_mm.checkpoint_io.read_checkpoint`.
-        partial (bool): See :func:`convmlp_mm.weights.fit_checkpoint`. Defaults
-            to False.
-        skip_heads (bool): Likewise. Defaults to True.
+        model: See :func:`build_model`. If its configuration does not name the classes,
+            ``dataset_meta`` gets the names in the file.
+        weights: Path or URL, see :func:`convmlp_mm.checkpoint.read_checkpoint`.
+        partial: See :func:`convmlp_mm.checkpoint.fit_checkpoint`. Defaults to False.
+        skip_heads: Likewise. Defaults to True.
 
     Raises:
         OSError: If there is no such file.
         ValueError: If it is no file of weights, or does not fit.
     """
     checkpoint = read_checkpoint(weights)
-    state_dict, message = fit_checkpoint(
-        model, checkpoint, weights, partial, skip_heads
-    )
+    wanted = (partial, skip_heads)
+    state_dict, message = fit_checkpoint(model, checkpoint, weights, *wanted)
     # Not strict only for what has been found to be missing rightly.
     model.load_state_dict(state_dict, strict=False)
     print_log(message, logger='current')
     # Else a Runner that is given the model initialises it once more.
     model.is_init = True
-    if not model.dataset_meta.get('classes'):
-        # Of a data set that finds its classes in the data: the Runner saves them.
-        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-        if meta.get('classes'):
-            model.dataset_meta['classes'] = meta['classes']
+    # A data set may find its classes in the data: the Runner saves them.
+    meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+    if meta.get('classes') and not model.dataset_meta.get('classes'):
+        model.dataset_meta['classes'] = meta['classes']
 
 
 def switch_to_deploy(model: nn.Module) -> None:
@@ -217,15 +205,13 @@ def switch_to_deploy(model: nn.Module) -> None:
     :func:`convmlp_mm.hooks.model.use_channels_last`).
 
     Args:
-        model (nn.Module): A model, for inference only; changed in place and put
-            into evaluation mode. The way back is to build it again.
+        model: For inference only; changed in place and put into evaluation mode. The
+            way back is to build it again.
 
     Examples:
         ``switch_to_deploy(get_model('retinanet_convmlp_s', 'last.pth'))``
     """
-    from mmcv.cnn import ConvModule, fuse_conv_bn
-    from torch.nn import Conv2d
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from mmcv.cnn import fuse_conv_bn
 
     from .hooks.model import use_channels_last
 
@@ -237,23 +223,24 @@ def switch_to_deploy(model: nn.Module) -> None:
     # One that is registered in several places may be followed by several norms.
     uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for module in modules:
-        if (
-            isinstance(module, ConvModule)
-            and type(module.conv) is Conv2d
-            and module.order[:2] == ('conv', 'norm')
-            and module.with_norm
-            and isinstance(module.norm, _BatchNorm)
-            and module.norm.affine
-            and module.norm.track_running_stats
-            and uses[id(module.conv)] == uses[id(module)] == 1
-        ):
+        if _can_fold(module) and uses[id(module)] == uses[id(module.conv)] == 1:
             fuse_conv_bn(module)
     use_channels_last(model)
 
 
-def _palette(classes: int) -> list[list[int]]:
-    """Draw colours as mmseg's data sets do that have none."""
-    return np.random.RandomState(42).randint(0, 255, (classes, 3)).tolist()
+def _can_fold(module: nn.Module) -> bool:
+    """Tell whether a BN with statistics of its own follows the convolution at once."""
+    from mmcv.cnn import ConvModule
+
+    if not isinstance(module, ConvModule) or not module.with_norm:
+        return False
+    return (
+        type(module.conv) is nn.Conv2d
+        and module.order[:2] == ('conv', 'norm')
+        and isinstance(module.norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        and module.norm.affine
+        and module.norm.track_running_stats
+    )
 
 
 def _dataset_meta(cfg: Config) -> dict:
@@ -264,6 +251,4 @@ def _dataset_meta(cfg: Config) -> dict:
     # A registry fails at an empty name.
     kind = dataset.get('type')
     kind = registry.get(kind) if kind and isinstance(kind, str) else kind
-    meta = dict(getattr(kind, 'METAINFO', {}))
-    meta.update(dataset.get('metainfo') or {})
-    return meta
+    return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}

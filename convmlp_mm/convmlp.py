@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .weights import load_backbone_weights
+from .checkpoint import load_backbone_weights
 
 if hasattr(torch.compiler, 'is_compiling'):
     COMPILES_CHECKPOINTS = True

@@ -11,19 +11,15 @@ import os
 import os.path as osp
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain, compress, count
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mmcv
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-
-if TYPE_CHECKING:
-    from mmengine.infer import BaseInferencer
-    from mmengine.structures import BaseDataElement
+from mmengine.infer import BaseInferencer
+from mmengine.structures import BaseDataElement
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 __all__ = [
     'Predictor',
@@ -47,42 +43,35 @@ def list_images(path: str | os.PathLike) -> list[str]:
     """List the images that are to be predicted.
 
     Args:
-        path (str | PathLike): An image, or a folder, which is searched with
-            the folders in it for files that are called like images.
+        path: An image, or a folder, which is searched with the folders in it for files
+            that are called like images.
 
     Returns:
-        list[str]: Paths, sorted. They may be no regular files, of which
-        :func:`read_whole_image` tells.
+        Paths, sorted. They may be no regular files, of which :func:`read_whole_image`
+        tells.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder, or no image in
-            the folder.
+        FileNotFoundError: If there is no such file or folder, or no image in it.
     """
     path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        return [str(path)]
-    if not path.is_dir():
+    if not path.exists():
         raise FileNotFoundError(f'image or folder {str(path)!r} does not exist')
-    found = [p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS]
-    found = [p for p in found if not p.is_dir()]
+    if not path.is_dir():
+        return [str(path)]
+    called = (p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS)
+    found = sorted(str(p) for p in called if not p.is_dir())
     if not found:
         raise FileNotFoundError(
             f'folder {str(path)!r} has no images ({", ".join(EXTENSIONS)})'
         )
-    return sorted(str(p) for p in found)
+    return found
 
 
 def read_whole_image(path: str) -> np.ndarray:
-    """Read an image as the toolkits do, if it can be read to its end.
-
-    Args:
-        path (str): The image.
-
-    Returns:
-        np.ndarray: (H, W, 3), blue first, uint8.
+    """Read an image as the toolkits do: (H, W, 3), blue first, uint8.
 
     Raises:
-        OSError: If it cannot.
+        OSError: If it cannot be read to its end.
     """
     # To open a pipe would wait for somebody who writes.
     if osp.exists(path) and not osp.isfile(path):
@@ -99,9 +88,11 @@ def read_whole_image(path: str) -> np.ndarray:
 class Predictor:
     """Predict images, draw them, and collect the content of ``results.json``.
 
+    Subclasses, one for each toolkit, draw predictions and describe them.
+
     Args:
-        inferencer (BaseInferencer): See :func:`convmlp_mm.get_inferencer`.
-        score_thr (float): Lowest score of the detections that are drawn and kept.
+        inferencer: See :func:`convmlp_mm.get_inferencer`.
+        score_thr: Lowest score of the detections that are drawn and kept.
     """
 
     # The list of predictions in the file, and whether a batch may mix sizes.
@@ -115,22 +106,21 @@ class Predictor:
 
     def predict(
         self, images: list[str]
-    ) -> Iterator[tuple[BaseDataElement, np.ndarray | None]]:
+    ) -> list[tuple[BaseDataElement, np.ndarray | None]]:
         """Predict one batch of images, named by their paths.
 
-        Yields:
-            tuple[BaseDataElement, np.ndarray | None]: The prediction as the toolkit
-            gives it, and a drawing of it, (H, W, 3), RGB, uint8; None if there are
-            numbers in it that are not finite.
+        Returns:
+            For each the prediction as the toolkit gives it, and a drawing of it,
+            (H, W, 3), RGB, uint8; None if there are numbers in it that are not finite.
         """
         samples = []
         for data in self.inferencer.preprocess(images, batch_size=len(images)):
             samples += self.forward(data)
-        finite = list(map(is_finite, samples))
         # Visualizers fail at the others.
-        drawn = iter(self.draw(*(list(compress(x, finite)) for x in (images, samples))))
-        for sample, is_drawn in zip(samples, finite):
-            yield sample, next(drawn) if is_drawn else None
+        finite = [i for i, sample in enumerate(samples) if is_finite(sample)]
+        drawn = self.draw([images[i] for i in finite], [samples[i] for i in finite])
+        drawn = dict(zip(finite, drawn))
+        return [(sample, drawn.get(i)) for i, sample in enumerate(samples)]
 
     def add(
         self,
@@ -143,11 +133,11 @@ class Predictor:
         """Add the prediction of an image to the results.
 
         Args:
-            name (str): Its name in the folder.
-            size (tuple[int, int]): Height and width in pixels.
-            sample (BaseDataElement): The prediction.
-            label_map (str): The file of a segmentor's label map.
-            drawn (str): The file that shows the prediction.
+            name: Its name in the folder.
+            size: Height and width in pixels.
+            sample: The prediction.
+            label_map: The file of a segmentor's label map.
+            drawn: The file that shows the prediction.
         """
         image = dict(id=len(self.images) + 1, file_name=name, picture=drawn)
         self.images.append(dict(image, height=int(size[0]), width=int(size[1])))
@@ -157,13 +147,13 @@ class Predictor:
     def content(self, **info: object) -> dict:
         """Return what ``results.json`` will hold."""
         categories = [dict(id=i, name=name) for i, name in zip(self.ids, self.classes)]
-        return dict(
-            info=info,
-            images=self.images,
-            categories=categories,
-            skipped=self.skipped,
-            **{self.key: self.predictions},
-        )
+        return {
+            'info': info,
+            'images': self.images,
+            'categories': categories,
+            'skipped': self.skipped,
+            self.key: self.predictions,
+        }
 
     def category_ids(self) -> list[int]:
         """Return the numbers of the classes in the file."""
@@ -195,26 +185,22 @@ class ClassificationPredictor(Predictor):
             from mmpretrain.visualization import UniversalVisualizer
 
             self.inferencer.visualizer = UniversalVisualizer()
+        settings = dict(resize=CLASSIFIED_SIDE, draw_gt=False)
+        settings['classes'] = self.inferencer.classes
         return [
             self.inferencer.visualizer.visualize_cls(
-                mmcv.imread(image, channel_order='rgb'),
-                sample,
-                classes=self.inferencer.classes,
-                resize=CLASSIFIED_SIDE,
-                draw_gt=False,
+                mmcv.imread(image, channel_order='rgb'), sample, **settings
             )
             for image, sample in zip(images, samples)
         ]
 
     def describe(self, sample, label_map):
-        scores, labels = sample.pred_score.topk(min(5, len(sample.pred_score)))
-        top = [
-            dict(category_id=i, score=s)
-            for i, s in zip(labels.tolist(), scores.tolist())
-        ]
-        for entry in top:
-            if entry['category_id'] < len(self.classes):
-                entry['name'] = self.classes[entry['category_id']]
+        best = sample.pred_score.topk(min(5, len(sample.pred_score)))
+        top = []
+        for score, label in zip(best.values.tolist(), best.indices.tolist()):
+            top.append(dict(category_id=label, score=score))
+            if label < len(self.classes):
+                top[-1]['name'] = self.classes[label]
         return [dict(**top[0], top5=top)]
 
 
@@ -273,27 +259,31 @@ class SegmentationPredictor(Predictor):
         palette = self.inferencer.visualizer.dataset_meta['palette']
         for i, sample in enumerate(samples):
             labels, counts = np.unique(labels_of(sample), return_counts=True)
-            order = np.argsort(-counts, kind='stable')
-            shares = 100 * counts / counts.sum()
-            percents = [f'{s:.1f} %' if s >= 0.1 else '< 0.1 %' for s in shares]
-            texts = [f'{self.classes[labels[k]]}  {percents[k]}' for k in order]
-            drawn[i] = add_legend(drawn[i], texts, [palette[labels[k]] for k in order])
+            texts, colours = [], []
+            for k in np.argsort(-counts, kind='stable'):
+                percents = 100 * counts[k] / counts.sum()
+                share = f'{percents:.1f} %' if percents >= 0.1 else '< 0.1 %'
+                texts.append(f'{self.classes[labels[k]]}  {share}')
+                colours.append(palette[labels[k]])
+            drawn[i] = add_legend(drawn[i], texts, colours)
         return drawn
 
     def describe(self, sample, label_map):
-        found, counts = np.unique(labels_of(sample), return_counts=True)
-        names = [self.classes[label] for label in found]
+        labels, counts = np.unique(labels_of(sample), return_counts=True)
+        names = [self.classes[label] for label in labels]
         return [dict(label_map=label_map, pixels=dict(zip(names, counts.tolist())))]
+
+
+PREDICTORS = dict(
+    mmpretrain=ClassificationPredictor,
+    mmdet=DetectionPredictor,
+    mmseg=SegmentationPredictor,
+)
 
 
 def predictor_of(inferencer: BaseInferencer, score_thr: float) -> Predictor:
     """Return the :class:`Predictor` for the toolkit of an inferencer."""
-    kinds = dict(
-        mmpretrain=ClassificationPredictor,
-        mmdet=DetectionPredictor,
-        mmseg=SegmentationPredictor,
-    )
-    return kinds[inferencer.model.cfg.default_scope](inferencer, score_thr)
+    return PREDICTORS[inferencer.model.cfg.default_scope](inferencer, score_thr)
 
 
 def labels_of(sample: BaseDataElement) -> np.ndarray:
@@ -301,36 +291,21 @@ def labels_of(sample: BaseDataElement) -> np.ndarray:
     return sample.pred_sem_seg.data[0].cpu().numpy()
 
 
-def is_finite(sample: BaseDataElement) -> bool:
-    """Tell whether all numbers of a prediction are finite.
-
-    Args:
-        sample (BaseDataElement): As a toolkit gives it.
-    """
-    for value in sample.all_values():
-        if isinstance(value, torch.Tensor):
-            finite = bool(value.isfinite().all())
-        else:
-            finite = not hasattr(value, 'all_values') or is_finite(value)
-        if not finite:
-            return False
-    return True
+def is_finite(value: object) -> bool:
+    """Tell whether all numbers of a prediction, or of a part of it, are finite."""
+    if isinstance(value, BaseDataElement):
+        return all(map(is_finite, value.all_values()))
+    return not isinstance(value, torch.Tensor) or bool(value.isfinite().all())
 
 
 def add_legend(
     drawn: np.ndarray, texts: list[str], colours: list[tuple[int, int, int]]
 ) -> np.ndarray:
-    """Put names and colours to the right of a drawn.
+    """Put names and colours (RGB) to the right of an image, (H, W, 3), uint8.
 
-    Args:
-        drawn (np.ndarray): (H, W, 3), RGB, uint8.
-        texts (list[str]): What to write; what does not fit is counted.
-        colours (list[tuple]): RGB.
-
-    Returns:
-        np.ndarray: (H, W + legend, 3).
+    Names that do not fit into its height are counted.
     """
-    height = len(drawn)
+    height, left = drawn.shape[:2]
     size = int(np.clip(height / 30, 11, 24))
     line = round(1.5 * size)
     room = max(1, height // line)
@@ -338,45 +313,40 @@ def add_legend(
         texts = [*texts[: room - 1], f'and {len(texts) - room + 1} more']
         colours = [*colours[: room - 1], (255, 255, 255)]
     font = ImageFont.load_default(size)
-    width = 2 * line + int(max(font.getlength(text) for text in texts))
-    panel = Image.new('RGB', (width, height), 'white')
-    draw = ImageDraw.Draw(panel)
+    width = 2 * line + int(max(map(font.getlength, texts)))
+    image = ImageOps.expand(Image.fromarray(drawn), (0, 0, width, 0), 'white')
+    draw = ImageDraw.Draw(image)
     for i, (text, colour) in enumerate(zip(texts, colours)):
-        top = i * line + (line - size) // 2
-        draw.rectangle(
-            (size // 2, top, size // 2 + size, top + size), fill=tuple(colour)
-        )
-        draw.text((2 * size, i * line + line // 2), text, 'black', font, anchor='lm')
-    return np.concatenate([drawn, np.asarray(panel)], axis=1)
+        x, y = left + size // 2, i * line + (line - size) // 2
+        draw.rectangle((x, y, x + size, y + size), tuple(colour))
+        draw.text((x + line, y + size // 2), text, 'black', font, anchor='lm')
+    return np.array(image)
 
 
 def name_outputs(images: list[str], root: str) -> dict[str, str]:
     """Choose names without ending for what is written of each image.
 
     Args:
-        images (list[str]): Their paths.
-        root (str): The folder that they lie in; folders below it stay.
+        images: Their paths.
+        root: The folder that they lie in; folders below it stay.
 
     Returns:
-        dict[str, str]: By path. Images that differ in the ending only keep it, and a
-        number follows where that does not suffice. No two differ in the case of
-        letters only, which some disks ignore; long ones are cut.
+        By path. Images that differ in the ending only keep it, and a number follows
+        where that does not suffice. No two differ in the case of letters only, which
+        some disks ignore; long ones are cut.
     """
     names = {path: osp.relpath(path, root) for path in images}
-    counts = Counter(_folded(osp.splitext(name)[0]) for name in names.values())
-    folders = {_folded(p) for name in names.values() for p in Path(name).parents}
-    chosen, taken = {}, set()
+    stems = {path: osp.splitext(name)[0] for path, name in names.items()}
+    alike = Counter(map(_folded, stems.values()))
+    # What no file may be called: as a folder, or as another file.
+    taken = {_folded(p) for name in names.values() for p in Path(name).parents}
+    chosen = {}
     for path, name in names.items():
-        stem = osp.splitext(name)[0]
-        firsts = [stem] if counts[_folded(stem)] == 1 else []
-        numbered = (f'{name}-{number}' for number in count(2))
-        for candidate in chain(firsts, [name], numbered):
-            candidate = _cut(candidate)
-            key = _folded(candidate)
-            files = {f'{key}.jpg', f'{key}.png'}
-            if key not in taken and not files & folders:
-                break
-        taken.add(key)
+        candidate = _cut(stems[path] if alike[_folded(stems[path])] == 1 else name)
+        numbers = count(2)
+        while taken & {_folded(candidate + end) for end in ('.jpg', '.png')}:
+            candidate = _cut(f'{name}-{next(numbers)}')
+        taken |= {_folded(candidate + end) for end in ('.jpg', '.png')}
         chosen[path] = candidate
     return chosen
 

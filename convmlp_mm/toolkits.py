@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
+from mmengine.config import Config
 from mmengine.registry import Registry
 
-__all__ = ['TOOLKITS', 'Toolkit', 'toolkit_of']
+__all__ = ['TOOLKITS', 'Toolkit', 'default_shape', 'toolkit_of']
+
+# Steps of a test pipeline that decide the size.
+CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,15 @@ class Toolkit:
         scope (str): Its name, as package and as ``default_scope``.
         inferencer (str): Module and class of its inferencer.
         visualizer (str): The type of its visualizer.
+        sample (str): The class of its samples, in its module ``structures``.
+        results (dict): By output of an exported file, what a sample has of it.
     """
 
     scope: str
     inferencer: str
     visualizer: str
+    sample: str
+    results: dict[str, str]
 
     def register(self) -> None:
         """Import its modules, so that its registries know their classes."""
@@ -36,6 +44,10 @@ class Toolkit:
         """Return one of its registries, such as ``'DATASETS'``, filled."""
         self.register()
         return getattr(import_module(f'{self.scope}.registry'), name)
+
+    def sample_class(self) -> type:
+        """Return the class of its samples."""
+        return getattr(import_module(f'{self.scope}.structures'), self.sample)
 
     def inferencer_class(self) -> type:
         """Return the class of its inferencer."""
@@ -50,9 +62,27 @@ TOOLKITS = {
             'mmpretrain',
             'mmpretrain.apis.ImageClassificationInferencer',
             'UniversalVisualizer',
+            'DataSample',
+            dict(scores='pred_score'),
         ),
-        ('mmdet', 'mmdet.apis.DetInferencer', 'DetLocalVisualizer'),
-        ('mmseg', 'mmseg.apis.MMSegInferencer', 'SegLocalVisualizer'),
+        (
+            'mmdet',
+            'mmdet.apis.DetInferencer',
+            'DetLocalVisualizer',
+            'DetDataSample',
+            dict(
+                boxes='pred_instances.bboxes',
+                scores='pred_instances.scores',
+                labels='pred_instances.labels',
+            ),
+        ),
+        (
+            'mmseg',
+            'mmseg.apis.MMSegInferencer',
+            'SegLocalVisualizer',
+            'SegDataSample',
+            dict(logits='seg_logits.data'),
+        ),
     )
 }
 
@@ -69,3 +99,26 @@ def toolkit_of(scope: str | None) -> Toolkit:
             f'but is {scope!r}'
         )
     return TOOLKITS[scope]
+
+
+def default_shape(cfg: Config) -> tuple[int, int]:
+    """Return the height and width, in pixels, that a configuration is tested at.
+
+    That is what the test pipeline resizes or crops to, else 224x224; for segmentors the
+    crop of the training, and 800x1280 for 1333x800, as in the tables of mmdet.
+    """
+    scope = cfg.get('default_scope')
+    if scope == 'mmseg':
+        preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
+        return tuple(preprocessor.get('size') or cfg.crop_size)
+    shape = 224
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    for step in dataset.get('pipeline') or ():
+        if str(step['type']).rpartition('.')[2] in CROPS:
+            keys = [key for key in ('scale', 'crop_size', 'size') if key in step]
+            shape = step[keys[0]] if keys else shape
+    if isinstance(shape, int):
+        return shape, shape
+    # mmdet has the width first.
+    shape = tuple(shape[::-1] if scope == 'mmdet' else shape)
+    return (800, 1280) if shape == (800, 1333) else shape

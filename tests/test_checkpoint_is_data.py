@@ -21,10 +21,10 @@ from mmengine.runner import Runner
 from test_weights import TINY, build, detector
 from toy import LENGTH, write_config
 
-from convmlp_mm import ConvMLP, checkpoint_io
-from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.hooks import find_latest_checkpoint, latest
-from convmlp_mm.weights import fit_checkpoint
+from convmlp_mm import ConvMLP, checkpoint
+from convmlp_mm.checkpoint import fit_checkpoint, read_checkpoint
+from convmlp_mm.hooks import checkpoint as saving
+from convmlp_mm.hooks import find_latest_checkpoint
 
 # Files
 
@@ -194,7 +194,7 @@ def test_malformed_content_is_named(tmp_path, content, words):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server whose files hold their address, and which is silent at /silent."""
+    """A server whose files hold their address, but not /silent.pth and /short.pth."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     silent = threading.Event()
 
@@ -211,7 +211,9 @@ def server(tmp_path, monkeypatch):
                 continue
             buffer = io.BytesIO()
             torch.save({path: torch.ones(1)}, buffer)
-            connection.sendall(b'HTTP/1.0 200 OK\r\n\r\n' + buffer.getvalue())
+            length = b'Content-Length: 100000\r\n' if path == '/short.pth' else b''
+            head = b'HTTP/1.0 200 OK\r\n' + length + b'\r\n'
+            connection.sendall(head + buffer.getvalue())
             connection.close()
 
     connections = []
@@ -233,9 +235,14 @@ def test_address_of_a_folder_is_named(server):
 
 
 def test_silent_server_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(checkpoint_io, 'TIMEOUT', 0.2)
+    monkeypatch.setattr(checkpoint, 'TIMEOUT', 0.2)
     with pytest.raises(OSError, match='cannot fetch .*silent.pth: timed out'):
         read_checkpoint(f'{server}/silent.pth')
+
+
+def test_connection_that_breaks_off_is_named(server):
+    with pytest.raises(OSError, match='cannot fetch .*short.pth: IncompleteRead'):
+        read_checkpoint(f'{server}/short.pth')
 
 
 # Tensors
@@ -669,7 +676,7 @@ def test_malformed_checkpoint_is_named_and_the_one_before_is_taken(
     change(work / 'epoch_2.pth', spoil)
     os.utime(work / 'epoch_1.pth', (0, 0))
     lines = []
-    monkeypatch.setattr(latest, 'print_log', lambda line, **_: lines.append(line))
+    monkeypatch.setattr(saving, 'print_log', lambda line, **_: lines.append(line))
     assert find_latest_checkpoint(work) == str(work / 'epoch_1.pth')
     (line,) = lines
     assert words in line

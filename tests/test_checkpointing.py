@@ -1,6 +1,8 @@
 """A good checkpoint is always there, and is what a run goes on from."""
 
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -15,16 +17,17 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from tiny import full_disk
 from torch.utils.data import Dataset
 
-from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.files import remove_leftovers
+from convmlp_mm.checkpoint import read_checkpoint, remove_leftovers
 from convmlp_mm.hooks import SafeCheckpointHook, find_latest_checkpoint
-from convmlp_mm.launch import closing_group
-from convmlp_mm.storage import AtomicLocalBackend, atomic_local_files
+from convmlp_mm.hooks.checkpoint import (
+    AtomicLocalBackend,
+    NotSavedError,
+    checkpoint_hooks,
+)
 
 # In bytes: the toy's checkpoint is larger than this, and its logs are smaller.
 LIMIT = 2**20
@@ -145,15 +148,8 @@ def info(path):
 
 
 def hook_of(runner):
-    (hook,) = (h for h in runner.hooks if isinstance(h, SafeCheckpointHook))
+    (hook,) = checkpoint_hooks(runner)
     return hook
-
-
-def lines(runner):
-    """The lines of the log of level ERROR."""
-    log = os.path.join(runner.log_dir, f'{runner.timestamp}.log')
-    with open(log) as file:
-        return [line for line in file if ' - ERROR - ' in line]
 
 
 def cut(path):
@@ -169,19 +165,10 @@ def test_backend_replaces_whole_files_and_makes_folders(tmp_path):
     backend.put_text('\N{GREEK SMALL LETTER ALPHA}', tmp_path / 'text', 'utf-16')
     assert path.read_bytes() == b'short'
     assert backend.get_text(tmp_path / 'text', 'utf-16') == '\u03b1'
-    copy = backend.copyfile_from_local(path, tmp_path)
-    assert copy == str(tmp_path / 'a.pth') or copy == tmp_path / 'a.pth'
     with full_disk(LIMIT), pytest.raises(OSError, match='File too large'):
         backend.put(bytes(2 * LIMIT), path)
     assert path.read_bytes() == b'short'
     assert saved(path.parent) == ['a.pth']
-
-
-def test_local_files_are_atomic_only_where_it_is_asked_for(tmp_path):
-    with atomic_local_files():
-        assert type(fileio.get_file_backend('x')) is AtomicLocalBackend
-        assert type(fileio.get_file_backend('https://x')) is fileio.HTTPBackend
-    assert type(fileio.get_file_backend('x')) is fileio.LocalBackend
 
 
 def test_kill_in_the_middle_of_a_save_leaves_the_old_file(tmp_path):
@@ -189,7 +176,7 @@ def test_kill_in_the_middle_of_a_save_leaves_the_old_file(tmp_path):
     before = (tmp_path / 'epoch_1.pth').read_bytes()
     child = (
         'import os, sys, time\n'
-        'from convmlp_mm.storage import AtomicLocalBackend\n'
+        'from convmlp_mm.hooks.checkpoint import AtomicLocalBackend\n'
         'def slow(_):\n'
         '    print("half-way", flush=True)\n'
         '    time.sleep(600)\n'
@@ -289,103 +276,129 @@ def test_each_of_several_metrics_keeps_its_best(tmp_path):
 def test_what_a_killed_run_had_no_time_to_remove_is_removed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SafeCheckpointHook, '_remove_outdated', lambda *_: None)
-        train(tmp_path, 2, max_keep_ckpts=1)
-    assert 'epoch_1.pth' in saved(tmp_path)
-    train(tmp_path, 3, max_keep_ckpts=1, resume=True)
+        train(tmp_path, 2, [0.1, 0.2], max_keep_ckpts=1, save_best='acc')
+    old = ['best_acc_epoch_1.pth', 'epoch_1.pth']
+    assert set(old) < set(saved(tmp_path))
+    assert info(tmp_path / 'epoch_2.pth')['outdated_ckpts'] == old[::-1]
+    train(tmp_path, 3, [0.1], max_keep_ckpts=1, save_best='acc', resume=True)
+    assert saved(tmp_path) == ['best_acc_epoch_2.pth', 'epoch_3.pth', 'last_checkpoint']
+
+
+def test_name_that_is_used_again_is_not_removed(tmp_path):
+    options = dict(max_keep_ckpts=1, save_best='acc', rule='less')
+    train(tmp_path, 1, [0.1], **options)
+    # As a run that goes on from an earlier checkpoint.
+    runner = build(tmp_path, 2, [0.05], resume=True, **options)
+    hook = hook_of(runner)
+    again = ['epoch_2.pth', 'best_acc_epoch_2.pth']
+    runner.register_hook(Calls({2: lambda: hook._replaced.extend(again)}))
+    runner.train()
+    assert saved(tmp_path) == ['best_acc_epoch_2.pth', 'epoch_2.pth', 'last_checkpoint']
+
+
+def test_what_cannot_be_removed_is_tried_again(tmp_path, monkeypatch):
+    remove, tries = fileio.LocalBackend.remove, []
+
+    def refuse(self, path):
+        tries.append(os.path.basename(path))
+        if len(tries) == 1:
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        remove(self, path)
+
+    monkeypatch.setattr(fileio.LocalBackend, 'remove', refuse)
+    train(tmp_path, 3, max_keep_ckpts=1)
+    assert tries == ['epoch_1.pth', 'epoch_1.pth', 'epoch_2.pth']
     assert saved(tmp_path) == ['epoch_3.pth', 'last_checkpoint']
 
 
-@pytest.mark.parametrize('by_epoch', [True, False])
-def test_full_disk_is_reported_and_training_goes_on(tmp_path, by_epoch):
-    disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT)), 3: disk.close})
-    step, name = (1, 'epoch') if by_epoch else (2, 'iter')
-    if not by_epoch:
-        # Iteration-based loops have one epoch only.
-        times = {2: calls.epochs[2], 4: calls.epochs[3]}
-        calls.before_train_iter = lambda runner, **_: times.get(
-            runner.iter, lambda: None
-        )()
-        calls.epochs = {}
-    options = dict(by_epoch=by_epoch, interval=step, max_keep_ckpts=1)
-    with disk:
-        runner = train(tmp_path, 3, calls=calls, **options)
-    (line,) = lines(runner)
-    assert line.rstrip().endswith(
-        f'cannot save {tmp_path}/{name}_{2 * step}.pth: File too large; the last good '
-        f'checkpoint is {tmp_path}/{name}_{step}.pth; training goes on'
-    )
-    assert saved(tmp_path) == [f'{name}_{3 * step}.pth', 'last_checkpoint']
-    last = info(tmp_path / f'{name}_{3 * step}.pth')
-    assert last['keep_ckpt_ids'] == [3 * step]
+# What fails at epoch 3: when the disk is full, which file is named, which is the last
+# good checkpoint, and what the saves that went well before have replaced.
+FAILURES = {
+    'latest': ('before_train_epoch', 'epoch_3.pth', 2, ()),
+    'best': ('before_val', 'best_acc_epoch_3.pth', 3, ('epoch_2.pth',)),
+    'publish': (
+        'after_train',
+        'epoch_3-',
+        3,
+        ('epoch_2.pth', 'best_acc_epoch_2.pth'),
+    ),
+}
 
 
-def test_full_disk_leaves_what_was_there(tmp_path):
-    train(tmp_path, 2, [0.1, 0.2], save_best='acc', max_keep_ckpts=1)
-    files = contents(tmp_path)
-    assert list(files) == [
-        'best_acc_epoch_2.pth',
-        'epoch_2.pth',
-        'last_checkpoint',
-    ]
-    options = dict(resume=True, save_best='acc', max_keep_ckpts=1)
-    seen = []
-    calls = Calls(gather=lambda r: seen.append(dict(r.message_hub.runtime_info)))
-    runner = build(tmp_path, 4, [0.3, 0.4], calls, **options)
-    with full_disk(LIMIT), pytest.raises(OSError, match='File too large'):
+@pytest.mark.parametrize('what', FAILURES)
+def test_save_that_fails_ends_the_run_and_leaves_what_was_there(tmp_path, what):
+    where, failed, good, replaced = FAILURES[what]
+    options = dict(max_keep_ckpts=1, save_best='acc')
+    train(tmp_path, 2, [0.1, 0.2], **options)
+    before, disk, calls = contents(tmp_path), contextlib.ExitStack(), Calls()
+    setattr(calls, where, lambda runner: disk.enter_context(full_disk(LIMIT)))
+    options.update(resume=True, published_keys=['state_dict'])
+    runner = build(tmp_path, 3, [0.3], calls, **options)
+    with disk, pytest.raises(NotSavedError) as raised:
         runner.train()
-    assert contents(tmp_path) == files
-    # Two epochs, two best ones, and the last epoch again at the end.
-    assert len(lines(runner)) == 5
-    assert lines(runner)[-1].endswith('epoch_2.pth; training ends\n')
-    assert seen[-1]['best_score'] == 0.2
-    assert seen[-1]['best_ckpt'].endswith('best_acc_epoch_2.pth')
-    assert hook_of(runner).best_ckpt_path.endswith('best_acc_epoch_2.pth')
-    state = runner.message_hub.runtime_info
-    assert state['keep_ckpt_ids'] == [2]
-    assert state['last_ckpt'].endswith('epoch_2.pth')
+    assert raised.value.errno == errno.EFBIG
+    assert str(raised.value).startswith(f'cannot save {tmp_path / failed}')
+    good = f'the last good checkpoint is {tmp_path}/epoch_{good}.pth'
+    assert str(raised.value).endswith(f'pth: File too large; {good}')
+    after = contents(tmp_path)
+    for name in before.keys() - {*replaced, 'last_checkpoint'}:
+        assert after[name] == before[name], name
+    assert find_latest_checkpoint(tmp_path) == good.split()[-1]
+    assert not [name for name in after if name.endswith('.tmp')]
+    # The next one tidies up.
+    options.pop('published_keys')
+    train(tmp_path, 4, [0.4, 0.5], **options)
+    assert saved(tmp_path) == ['best_acc_epoch_4.pth', 'epoch_4.pth', 'last_checkpoint']
 
 
-def test_last_checkpoint_is_tried_again_at_the_end(tmp_path):
-    disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT))})
-    # There is room again when the training is over.
-    calls.after_train = lambda runner: disk.close()
-    with disk:
-        runner = train(tmp_path, 2, calls=calls)
-    assert len(lines(runner)) == 1
-    assert saved(tmp_path) == ['epoch_1.pth', 'epoch_2.pth', 'last_checkpoint']
-    assert read_checkpoint(tmp_path / 'epoch_2.pth')['meta']['epoch'] == 2
-    assert read_checkpoint(tmp_path / 'epoch_2.pth')['meta']['iter'] == 4
-
-
-def test_full_disk_stops_the_run_if_that_is_wanted(tmp_path):
-    disk = contextlib.ExitStack()
-    calls = Calls({2: lambda: disk.enter_context(full_disk(LIMIT))})
-    runner = build(tmp_path, 3, calls=calls, on_save_error='stop')
-    with disk, pytest.raises(OSError, match='File too large'):
-        runner.train()
-    assert runner.epoch == 1
-    (line,) = lines(runner)
-    assert line.endswith('epoch_1.pth; training ends\n')
-    assert saved(tmp_path) == ['epoch_1.pth', 'last_checkpoint']
-
-
-def test_failure_at_the_first_save_says_that_nothing_is_there(tmp_path):
-    runner = build(tmp_path, on_save_error='stop')
-    with full_disk(LIMIT), pytest.raises(OSError, match='File too large'):
-        runner.train()
-    assert 'there is none yet; training ends' in lines(runner)[0]
-    assert saved(tmp_path) == []
-
-
-def test_unwritable_note_keeps_the_checkpoint_that_it_names(tmp_path):
+def test_note_that_cannot_be_written_ends_the_run_with_both_files(tmp_path):
     train(tmp_path, max_keep_ckpts=1)
     (tmp_path / 'last_checkpoint').unlink()
     (tmp_path / 'last_checkpoint').mkdir()
-    runner = train(tmp_path, 2, max_keep_ckpts=1, resume=True)
-    assert 'last_checkpoint: ' in lines(runner)[0]
+    words = f'{tmp_path}/last_checkpoint: Is a directory; .* is {tmp_path}/epoch_1.pth'
+    with pytest.raises(NotSavedError, match=words):
+        load_from = str(tmp_path / 'epoch_1.pth')
+        train(tmp_path, 2, max_keep_ckpts=1, resume=True, load_from=load_from)
     assert saved(tmp_path) == ['epoch_1.pth', 'epoch_2.pth']
+
+
+def test_failure_at_the_first_save_says_that_nothing_is_there(tmp_path):
+    words = 'epoch_1.pth: File too large; there is none yet$'
+    with full_disk(LIMIT), pytest.raises(NotSavedError, match=words):
+        train(tmp_path)
+    assert saved(tmp_path) == []
+
+
+TORN = """
+import builtins, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_checkpointing import train
+in_place = builtins.open
+def kill(file, *args, **kwargs):
+    stream = in_place(file, *args, **kwargs)
+    if str(file).endswith('last_checkpoint') and args[:1] == ('w',):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return stream
+train(sys.argv[2], 1, out_dir=sys.argv[3])
+builtins.open = kill
+train(sys.argv[2], 2, out_dir=sys.argv[3], resume=True)
+"""
+
+
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_kill_while_the_note_is_written_loses_nothing(tmp_path, elsewhere):
+    work = tmp_path / 'work'
+    out = tmp_path / 'out' / 'work' if elsewhere else work
+    folders = str(work), str(tmp_path / 'out') if elsewhere else str(work)
+    command = [sys.executable, '-c', TORN, os.path.dirname(__file__), *folders]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert (work / 'last_checkpoint').read_bytes() == b''
+    assert [p.name for p in out.glob('*.pth')] == ['epoch_1.pth', 'epoch_2.pth']
+    if elsewhere:
+        with pytest.raises(ValueError, match='names no checkpoint any more: name it'):
+            find_latest_checkpoint(work)
+    else:
+        assert find_latest_checkpoint(work) == str(out / 'epoch_2.pth')
 
 
 def test_other_errors_while_saving_are_not_hidden(tmp_path):
@@ -398,85 +411,20 @@ def test_other_errors_while_saving_are_not_hidden(tmp_path):
         train(tmp_path, calls=calls)
 
 
-@closing_group()
-def rank(number, folder):
-    """One of two processes, the first of which cannot save; write what they come to."""
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
-    torch.distributed.init_process_group(
-        'gloo', f'file://{folder}/store', rank=number, world_size=2
-    )
-
-    def wrong(runner, checkpoint):
-        raise FloatingPointError('NaN in the weights')
-
-    for case in ('continue', 'stop', 'nan'):
-        with contextlib.ExitStack() as disk:
-            calls = Calls()
-            if case == 'nan':
-                calls.before_save_checkpoint = wrong
-            else:
-                calls.epochs[2] = lambda disk=disk: disk.enter_context(full_disk(LIMIT))
-                calls.epochs[3] = disk.close
-            options = dict(on_save_error='stop') if case == 'stop' else {}
-            try:
-                runner = train(
-                    folder / case, 3, None, calls, max_keep_ckpts=1, **options
-                )
-            except Exception as stopped:
-                outcome = f'{type(stopped).__name__}: {stopped}'
-            else:
-                outcome = repr(runner.message_hub.get_info('keep_ckpt_ids'))
-        (folder / f'{case}{number}.txt').write_text(outcome)
-
-
-@pytest.mark.slow
-def test_processes_agree_on_what_could_not_be_saved(tmp_path):
-    torch.multiprocessing.spawn(rank, (tmp_path,), nprocs=2)
-    outcomes = {p.stem: p.read_text() for p in tmp_path.glob('*.txt')}
-    stopped = (
-        f'NotSavedError: cannot save {tmp_path}/stop/epoch_2.pth: File too large; the '
-        f'last good checkpoint is {tmp_path}/stop/epoch_1.pth; training ends'
-    )
-    assert outcomes == {
-        'continue0': '[3]',
-        'continue1': '[3]',
-        'stop0': stopped,
-        'stop1': stopped,
-        'nan0': 'FloatingPointError: NaN in the weights',
-        'nan1': 'RuntimeError: another process cannot save: NaN in the weights',
-    }
-    assert saved(tmp_path / 'continue') == ['epoch_3.pth', 'last_checkpoint']
-    assert saved(tmp_path / 'stop') == ['epoch_1.pth', 'last_checkpoint']
-
-
-def test_what_to_do_about_errors_is_checked():
-    with pytest.raises(ValueError, match="'continue' or 'stop', but got 'abort'"):
-        HOOKS.build(dict(type='SafeCheckpointHook', on_save_error='abort'))
-
-
-def test_other_hooks_are_told_before_each_save(tmp_path):
+def test_other_hooks_are_told_before_each_save_to_resume_from(tmp_path):
     steps = []
     calls = Calls(gather=lambda runner: steps.append(runner.epoch))
     train(tmp_path, 2, [0.1, 0.2], calls, save_best='acc')
-    # The epoch, the best one and the epoch again, which then knows the best one.
-    assert steps == [0, 1, 1, 1, 2, 2]
+    # The epoch, and the epoch again, which then knows the best one.
+    assert steps == [0, 1, 1, 2]
 
 
-def test_published_checkpoint_is_whole(tmp_path):
-    runner = build(tmp_path, published_keys=['meta', 'state_dict'])
-    disk = contextlib.ExitStack()
-    calls = Calls()
-    calls.after_train = lambda runner: disk.enter_context(full_disk(LIMIT))
-    runner.register_hook(calls)
-    with disk:
-        runner.train()
-    assert saved(tmp_path) == ['epoch_1.pth', 'last_checkpoint']
-    assert 'cannot publish' in lines(runner)[0]
-
+def test_published_checkpoint_is_not_taken_for_one_of_the_run(tmp_path):
     train(tmp_path, published_keys=['meta', 'state_dict'])
     (published,) = tmp_path.glob('epoch_1-*.pth')
     assert set(read_checkpoint(published)) == {'meta', 'state_dict'}
-    # It is not taken for one of the run.
+    sha = hashlib.sha256(published.read_bytes()).hexdigest()
+    assert published.stem.endswith(sha[:8])
     for name in ('last_checkpoint', 'epoch_1.pth'):
         (tmp_path / name).unlink()
     assert find_latest_checkpoint(tmp_path) is None

@@ -1,9 +1,12 @@
 """Other people's projects: the installed wheel and the toolkits' own scripts."""
 
+import glob
 import os
 import re
+import shlex
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,7 +83,8 @@ def run(*command, cwd, env=None):
 def project(tmp_path_factory):
     """A folder with the examples of the docs, generated data and a wheel's files."""
     folder = tmp_path_factory.mktemp('their project')
-    for page in (ROOT / 'docs' / 'data.md', ROOT / 'README.md'):
+    pages = [ROOT / 'docs' / name for name in ('data.md', 'answers.md')]
+    for page in [*pages, ROOT / 'README.md']:
         for name, text in BLOCK.findall(page.read_text(encoding='utf-8')):
             assert not (folder / name).exists(), f'{name} stands twice'
             (folder / name).write_text(text)
@@ -154,3 +158,90 @@ def test_scripts_of_the_toolkits_train_projects_that_inherit(
     assert re.search(r'\(train\).* loss: \d', log)
     assert re.search(r'\(val\) ', log)
     assert (tmp_path / 'last_checkpoint').is_file()
+
+
+ANSWERS = (ROOT / 'docs' / 'answers.md').read_text(encoding='utf-8')
+TOOLS = re.findall(r'`python \$(.+?)`', ANSWERS)
+FOLDERS = dict(MMDET='mmdet', MMSEG='mmseg', MMPRETRAIN='mmpretrain')
+TEST = {
+    'mmdet': ['test_dataloader.dataset.pipeline.1.scale=(96,96)'],
+    'mmseg': [],
+    'mmpretrain': [
+        'test_dataloader.dataset.pipeline.1.scale=64',
+        'test_dataloader.dataset.pipeline.2.crop_size=64',
+    ],
+}
+NO_WORKERS = [
+    f'{split}_dataloader.{option}'
+    for split in ('train', 'val', 'test')
+    for option in ('num_workers=0', 'persistent_workers=False')
+]
+MAINTAINED = any('onedl' in name for name in packages_distributions()['mmdet'])
+
+
+@pytest.fixture
+def call(project, tool, monkeypatch):
+    """Run a command of the docs in this process, which has the toolkits already."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+
+    def run(command, *options):
+        variable, _, rest = command.partition('/')
+        toolkit = FOLDERS[variable]
+        words = [glob.glob(w)[0] if '*' in w else w for w in shlex.split(rest)]
+        script = Path(find_spec(toolkit).submodule_search_locations[0], '.mim', 'tools')
+        if 'analyze_logs' not in words[0]:
+            words += [] if '--cfg-options' in words else ['--cfg-options']
+            words += [*SMALL[toolkit], *TEST[toolkit], *NO_WORKERS, *options]
+        done = tool(script / words[0], *words[1:])
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MAINTAINED, reason='the docs speak of the maintained stack')
+def test_tools_of_the_toolkits_do_what_the_docs_say(project, call):
+    (project / 'short_detector.py').write_text(
+        f"_base_ = './my_detector.py'\n{SHORT['mmdet']}"
+    )
+    # Nothing that it could learn.
+    (project / 'short_classifier.py').write_text(
+        "_base_ = './my_patient_classifier.py'\ntrain_cfg = dict(max_epochs=6)\n"
+        'param_scheduler = []\noptim_wrapper = dict(optimizer=dict(lr=0.0))\n'
+    )
+    few = 'train_dataloader.dataset.indices=4', 'val_dataloader.dataset.indices=4'
+    for variable, name in (('MMDET', 'detector'), ('MMPRETRAIN', 'classifier')):
+        command = f'train.py short_{name}.py --work-dir work_dirs/my_{name}'
+        call(f'{variable}/{command}', 'default_hooks.logger.interval=1', *few)
+    work_dir = project / 'work_dirs' / 'my_classifier'
+    assert (work_dir / 'epoch_3.pth').is_file()
+    assert not (work_dir / 'epoch_4.pth').exists(), 'the run has not stopped early'
+
+    for command in TOOLS:
+        if 'vis_cam' in command and find_spec('pytorch_grad_cam') is None:
+            with pytest.raises(ImportError, match='grad-cam'):
+                call(command)
+        else:
+            call(command)
+    for folder in ('browsed/boxes', 'browsed/labels', 'browsed/classes', 'confusion'):
+        assert list((project / folder).rglob('*.*g')), folder
+    assert (project / 'curves.png').is_file()
+
+    # What fails no more can be taken out of the docs.
+    curves, browse = (
+        next(c for c in TOOLS if w in c) for w in ('plot_curve', 'original')
+    )
+    curves = curves.replace('MMPRETRAIN', 'MMDET')
+    labels = 'data/shapes/ade/ADEChallengeData2016/annotations/validation'
+    matrix = f'MMSEG/analysis_tools/confusion_matrix.py my_segmentor.py {labels} matrix'
+    for command, error, words in (
+        (curves, OSError, "'dark' is not a valid package style"),
+        (f'{curves} --style default', ValueError, 'x and y must have same first'),
+        (browse.partition(' --cfg-options')[0], TypeError, "argument '_scope_'"),
+        (browse.replace('original', 'concat'), TypeError, 'adjust_bbox'),
+        (matrix, KeyError, "'classes'"),
+    ):
+        with pytest.raises(error, match=words):
+            call(command)

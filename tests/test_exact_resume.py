@@ -24,8 +24,8 @@ from convmlp_mm import (
     SafeCheckpointHook,
     SummaryHook,
 )
-from convmlp_mm.checkpoint_io import read_checkpoint
-from convmlp_mm.hooks.random_state import get_random_state, set_random_state
+from convmlp_mm.checkpoint import read_checkpoint
+from convmlp_mm.hooks.resume import get_random_state, set_random_state
 
 TINY = dict(
     tokenizer_channels=4,
@@ -381,27 +381,9 @@ class FullDisk(Hook):
             raise OSError(errno.ENOSPC, 'No space left on device')
 
 
-def test_what_is_saved_late_says_where_the_run_is(tmp_path):
-    options = dict(
-        saving=dict(interval=2, save_last=False), train=dict(EPOCHS, max_epochs=5)
-    )
-    full = FullDisk(lambda runner, _: runner.epoch == 3)
-    run(tmp_path, full, seed=0, **options)
-    assert sorted(p.name for p in tmp_path.glob('*.pth')) == [
-        'epoch_2.pth',
-        'epoch_5.pth',
-    ]
-    saved = read_checkpoint(str(tmp_path / 'epoch_5.pth'))
-    assert (saved['meta']['epoch'], saved['meta']['iter']) == (5, 25)
-    assert saved['exact_resume']['batches'] == 0
-    options['train']['max_epochs'] = 6
-    calls, _ = run(tmp_path, resume=True, **options)
-    assert [call[1] for call in calls] == list(range(25, 30))
-
-
-def test_latest_that_cannot_be_saved_again_with_the_best_stops_as_wanted(tmp_path):
+def test_latest_that_cannot_be_saved_again_with_the_best_ends_the_run(tmp_path):
     full = FullDisk(lambda run, saved: 'optimizer' in saved and run.epoch == 1)
-    saving = dict(save_best='mean', rule='less', on_save_error='stop')
+    saving = dict(save_best='mean', rule='less')
     with pytest.raises(OSError, match=r'cannot save .*epoch_1\.pth: No space left'):
         run(tmp_path, full, seed=0, saving=saving)
 

@@ -12,10 +12,10 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.config_files import find_config
 from convmlp_mm.export import check_request, draw_images, export, verify, write
 from convmlp_mm.export.systems import SYSTEMS, ExportError, Graph
 from convmlp_mm.export.verify import _differences, count_wrong, toolkit_results
+from convmlp_mm.zoo import find_config
 
 ARCH = dict(tokenizer_channels=8, conv_blocks=1, channels=(8, 16, 24))
 ARCH.update(depths=(1, 1, 1), mlp_ratios=(2, 1.5, 2))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, write_file
 
 
 def test_file_is_replaced_only_on_request(tmp_path):

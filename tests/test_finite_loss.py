@@ -124,21 +124,24 @@ def scaled(tmp_path, enabled=True):
     return SimpleNamespace(optim_wrapper=wrapper, iter=6, work_dir=str(tmp_path))
 
 
-def outputs(value):
-    return dict(loss=torch.tensor(value))
+def look(runner, *values, batch=None, hook=None):
+    """Let a hook look at losses, one after the other."""
+    hook = hook or FiniteLossHook()
+    runner.hooks = [hook]
+    for value in values:
+        outputs = value if isinstance(value, dict) else dict(loss=torch.tensor(value))
+        hook.after_train_iter(runner, 0, batch, outputs)
 
 
 def test_scaler_allows_one_infinite_loss_but_not_two_in_a_row(tmp_path):
-    hook, runner = FiniteLossHook(), scaled(tmp_path)
-    for value in (math.inf, 1.0, math.inf):
-        hook.after_train_iter(runner, 0, outputs=outputs(value))
+    inf, nan = math.inf, math.nan
+    look(scaled(tmp_path), inf, 1.0, inf)
     with pytest.raises(FloatingPointError, match='iteration 7: loss is inf; the'):
-        hook.after_train_iter(runner, 0, outputs=outputs(math.inf))
+        look(scaled(tmp_path), 1.0, inf, inf)
     with pytest.raises(FloatingPointError, match='loss is nan'):
-        FiniteLossHook().after_train_iter(runner, 0, outputs=outputs(math.nan))
-    unscaled = scaled(tmp_path, enabled=False)
+        look(scaled(tmp_path), nan)
     with pytest.raises(FloatingPointError, match='loss is inf'):
-        FiniteLossHook().after_train_iter(unscaled, 0, outputs=outputs(math.inf))
+        look(scaled(tmp_path, enabled=False), inf)
 
 
 @pytest.mark.parametrize(
@@ -163,26 +166,17 @@ def test_images_are_named_as_far_as_the_batch_does(tmp_path, batch, names):
         return value
 
     with pytest.raises(FloatingPointError, match=f'the images are {names}'):
-        FiniteLossHook().after_train_iter(
-            scaled(tmp_path), 0, element(batch), outputs(math.nan)
-        )
+        look(scaled(tmp_path), math.nan, batch=element(batch))
 
 
 def test_outputs_of_other_training_steps_pass(tmp_path):
-    runner = make_runner(tmp_path, Numbers())
-    hook = FiniteLossHook()
+    runner, hook = scaled(tmp_path), FiniteLossHook()
     outputs = dict(loss=torch.ones(2), loss_a=0.5, losses=[1, 2], loss_b=None)
-    for given in (outputs, [torch.ones(1)], None):
+    look(runner, outputs, hook=hook)
+    for given in ([torch.ones(1)], None):
         hook.after_train_iter(runner, 0, None, given)
     with pytest.raises(FloatingPointError, match='loss_a is nan'):
-        hook.after_train_iter(runner, 0, None, {**outputs, 'loss_a': math.nan})
-
-
-def test_interval_passes_over_iterations_and_must_be_positive(tmp_path):
-    hook = FiniteLossHook(interval=5)
-    hook.after_train_iter(scaled(tmp_path), 0, outputs=outputs(math.nan))
-    with pytest.raises(ValueError, match='interval must be at least 1, got 0'):
-        FiniteLossHook(interval=0)
+        look(runner, {**outputs, 'loss_a': math.nan})
 
 
 @closing_group()

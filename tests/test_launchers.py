@@ -18,7 +18,7 @@ import torch
 from toy import LENGTH, free_port, write_config
 
 from convmlp_mm import launch
-from convmlp_mm.hooks.saving import NotSavedError
+from convmlp_mm.hooks.checkpoint import NotSavedError
 from convmlp_mm.launch import elastic
 from convmlp_mm.launch.process import MISTAKE, PREEMPTED
 
@@ -155,18 +155,21 @@ def test_processes_of_a_launcher_that_is_killed_save_before_another_run(tmp_path
 
 
 @pytest.mark.slow
-def test_full_disk_before_the_first_checkpoint_is_not_tried_again(tmp_path):
+def test_full_disk_ends_all_processes_and_is_not_tried_again(tmp_path):
     # The limit on the size of a file, in KiB, is above that of the log only.
     changes = dict(
         model=dict(type='Toy', size=2**18),
         default_hooks=dict(checkpoint=dict(type='SafeCheckpointHook')),
     )
-    config = write_config(tmp_path / 'toy.py', epochs=1, **changes)
+    # There is more to do for the process that does not save.
+    config = write_config(tmp_path / 'toy.py', epochs=3, world_size=2, **changes)
     script = 'ulimit -f 512; exec bash "$0" "$@"'
-    done = bash('-c', script, TOOLS / 'dist_train.sh', config, 1, cwd=tmp_path)
+    command = [script, TOOLS / 'dist_train.sh', config, 2]
+    done = bash('-c', *command, cwd=tmp_path, MAX_RESTARTS=3)
     assert done.returncode == MISTAKE, done.stderr[-2000:]
-    last = [x for x in done.stderr.splitlines() if 'NotSavedError: cannot' in x]
-    assert len(last) == 1 and 'epoch_1.pth: File too large; there is none' in last[0]
+    (line,) = [x for x in done.stderr.splitlines() if 'error: cannot save' in x]
+    assert line.endswith('epoch_3.pth: File too large; there is none yet')
+    assert 'NotSavedError' not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_map
 from torchvision.ops import roi_align
 
 from convmlp_mm.apis import build_model, switch_to_deploy
-from convmlp_mm.config_files import find_config
 from convmlp_mm.hooks.model import needs_contiguous, use_channels_last
 from convmlp_mm.launch import build_runner, merge_options
+from convmlp_mm.zoo import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = runpy.run_path(str(ROOT / 'tools' / 'analysis' / 'benchmark.py'))

@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 import torch
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from torch import nn
 
 from convmlp_mm.hooks import _mmengine
@@ -49,19 +50,6 @@ def test_wrapper_of_the_optimizer_counts_batches(wrapper):
     assert _mmengine.accumulative_counts(Owner) == 3
 
 
-@pytest.mark.parametrize('loop', [EpochBasedTrainLoop, IterBasedTrainLoop])
-def test_loops_decide_when_to_validate(loop):
-    assert callable(loop._decide_current_val_interval)
-    assert 'self.val_interval' in inspect.getsource(loop._decide_current_val_interval)
-
-
-def test_endless_iterator_counts_its_passes():
-    class Loop:
-        dataloader = torch.utils.data.DataLoader([1, 2])
-
-    import mmengine.runner.loops as loops
-
-    Loop.dataloader_iterator = loops._InfiniteDataloaderIterator(Loop.dataloader)
-    iterator = _mmengine.endless_iterator(Loop, 5)
-    assert [int(next(iterator)) for _ in range(3)] == [1, 2, 1]
-    assert iterator._epoch == 6
+def test_checkpoint_hook_saves_when_it_is_told_to():
+    parameters = inspect.signature(CheckpointHook._save_checkpoint_with_step).parameters
+    assert list(parameters) == ['self', 'runner', 'step', 'meta']

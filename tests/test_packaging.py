@@ -107,10 +107,7 @@ def test_metadata(source, tmp_path):
 
     requirements = metadata.get_all('Requires-Dist')
     plain = [r for r in requirements if 'extra ==' not in r]
-    assert {re.match(r'[\w-]+', r).group() for r in plain} == {
-        'torch',
-        'numpy',
-    }
+    assert {re.match(r'[\w-]+', r).group() for r in plain} == {'torch', 'numpy'}
     for extra, mmcv in (('onedl', 'onedl-mmcv'), ('openmmlab', 'mmcv')):
         # Files of both stacks would overwrite each other.
         chosen = [r for r in requirements if re.search(f'extra == .{extra}\\b', r)]
@@ -145,5 +142,5 @@ def test_pre_commit_formats_with_the_ruff_of_the_tests():
     packaging = pytest.importorskip('packaging.requirements')
     config = (ROOT / '.pre-commit-config.yaml').read_text()
     release = re.search(r'ruff-pre-commit\n\s+rev: v([\d.]+)', config).group(1)
-    text = re.search(r"'(ruff[^']*)'", (ROOT / 'setup.py').read_text()).group(1)
+    text = re.search(r'"(ruff[^"]*)"', (ROOT / 'pyproject.toml').read_text()).group(1)
     assert release in packaging.Requirement(text).specifier

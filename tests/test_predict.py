@@ -17,8 +17,8 @@ from reference import draw
 
 from convmlp_mm import get_inferencer, get_model
 from convmlp_mm.apis import build_model
-from convmlp_mm.config_files import find_config
 from convmlp_mm.predict import add_legend, labels_of, list_images, name_outputs
+from convmlp_mm.zoo import find_config
 
 SMALL = 'test_dataloader.dataset.pipeline.1.scale='
 FEW = (

@@ -1,31 +1,23 @@
-"""Hooks of every run: the summary, TensorBoard, and what one process alone writes."""
+"""Hooks of every run: the summary, its curves, and what one process alone writes."""
 
-import errno
-import importlib.util
+import itertools
 import json
 import re
-import sys
-from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
+import matplotlib.image
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from mmengine.visualization.vis_backend import BaseVisBackend, LocalVisBackend
-from tiny import full_disk
 from torch import nn
 
-from convmlp_mm import (
-    BFloat16OptimWrapper,
-    OneMetricsFileHook,
-    SafeLogHook,
-    SummaryHook,
-    TensorBoardHook,
-)
+from convmlp_mm import BFloat16OptimWrapper, SummaryHook
+from convmlp_mm.hooks import statistics
+
+# mmengine keeps loggers and visualizers by the name of the experiment.
+NUMBERS = itertools.count()
 
 
 class Model(BaseModel):
@@ -71,7 +63,6 @@ def make_runner(tmp_path, values=(), hooks=(), train_cfg=None, **checkpoint):
         val_evaluator=[Metric(values)],
         val_cfg=dict(),
     )
-    name = re.sub(r'\W', '_', str(tmp_path))
     return Runner(
         model=Model(),
         work_dir=str(tmp_path),
@@ -80,10 +71,10 @@ def make_runner(tmp_path, values=(), hooks=(), train_cfg=None, **checkpoint):
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
         default_hooks=dict(
             checkpoint=dict(type='CheckpointHook', by_epoch=by_epoch, **checkpoint),
-            logger=dict(type='LoggerHook', interval=1),
+            logger=dict(type='MainProcessLoggerHook', interval=1),
         ),
         custom_hooks=list(hooks),
-        experiment_name=name,
+        experiment_name=f'run{next(NUMBERS)}',
         **(validation if values else {}),
     )
 
@@ -107,56 +98,60 @@ def test_summary_names_the_best_of_the_checkpoint_hook(tmp_path):
     )
     runner.train()
     text = summary(runner)
-    assert re.search(
-        r'trained     9 iterations in 0:00:\d\d, of which validation', text
-    )
-    assert re.search(r'speed       [\d.]+ images/s', text)
+    assert re.search(r'trained  9 iterations in 0:00:\d\d\n', text)
+    assert re.search(r'speed    [\d.]+ images/s\n', text)
     best = tmp_path / 'best_coco_bbox_mAP_epoch_2.pth'
     assert best.is_file()
-    assert f'best        coco/bbox_mAP 0.5000 in {best}\n' in text
-    assert f'last        {tmp_path / "epoch_3.pth"}\n' in text
-    assert f'logs        {runner.log_dir}\n' in text
-    assert 'pictures' not in text
+    assert f'best     coco/bbox_mAP 0.5000 in {best}\n' in text
+    assert f'last     {tmp_path / "epoch_3.pth"}\n' in text
+    assert f'logs     {runner.log_dir}\n' in text
+    assert text.endswith(f'curves   {tmp_path / "curves.png"}\n')
+    assert_figure(tmp_path)
+
+
+def assert_figure(folder):
+    height, width, _ = matplotlib.image.imread(folder / 'curves.png').shape
+    assert height > 500 and width > 500
 
 
 def test_summary_finds_the_headline_metric_and_its_checkpoint(tmp_path):
-    runner = make_runner(
-        tmp_path, [float('nan'), 0.5, 0.4], [SummaryHook()], interval=1
-    )
-    pictures = Path(runner.log_dir) / 'vis_data' / 'vis_image'
-    pictures.mkdir(parents=True)
-    (pictures / '1.png').touch()
+    values = [float('nan'), 0.5, 0.4]
+    runner = make_runner(tmp_path, values, [SummaryHook()], interval=1)
     runner.train()
-    text = summary(runner)
     path = tmp_path / 'epoch_2.pth'
-    assert f'best        coco/bbox_mAP 0.5000 after epoch 2 in {path}\n' in text
-    assert f'pictures    1 in {pictures}\n' in text
+    line = f'best     coco/bbox_mAP 0.5000 after epoch 2 in {path}\n'
+    assert line in summary(runner)
 
 
 def test_summary_of_iterations_says_where_no_checkpoint_was_kept(tmp_path):
-    runner = make_runner(
-        tmp_path,
-        [0.5, 0.4],
-        [SummaryHook()],
-        dict(by_epoch=False, max_iters=4, val_interval=2),
-        interval=4,
-    )
+    train_cfg = dict(by_epoch=False, max_iters=4, val_interval=2)
+    runner = make_runner(tmp_path, [0.5, 0.4], [SummaryHook()], train_cfg, interval=4)
     runner.train()
     text = summary(runner)
-    line = 'coco/bbox_mAP 0.5000 after iteration 2, of which no checkpoint was kept'
-    assert line in text
-    assert f'last        {tmp_path / "iter_4.pth"}' in text
+    assert 'best     coco/bbox_mAP 0.5000 after iteration 2\n' in text
+    assert f'last     {tmp_path / "iter_4.pth"}' in text
 
 
-def test_summary_of_a_resumed_run_knows_the_best_of_before(tmp_path):
-    make_runner(tmp_path / 'a', [0.1, 0.5, 0.4], [SummaryHook()]).train()
+def test_summary_and_curves_of_a_resumed_run_know_what_was_before(tmp_path):
+    values = [0.1, 0.5, 0.4]
+    first = make_runner(tmp_path, values, [SummaryHook()], interval=1)
+    first.train()
     train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=1)
-    runner = make_runner(tmp_path / 'b', [0.3], [SummaryHook()], train_cfg)
-    runner._resume, runner._load_from = True, str(tmp_path / 'a' / 'epoch_3.pth')
+    runner = make_runner(tmp_path, [0.3, 0.2], [SummaryHook()], train_cfg, interval=1)
+    # A folder of logs of its own, as in another second.
+    path = Path(first.log_dir)
+    path.rename(path.with_name('20200101_000000'))
+    (Path(runner.log_dir) / 'vis_data').mkdir(parents=True)
+    # It goes back by an epoch.
+    runner._resume, runner._load_from = True, str(tmp_path / 'epoch_2.pth')
     runner.train()
-    # That of the third epoch is saved before its validation.
-    line = 'coco/bbox_mAP 0.5000 after epoch 2, of which no checkpoint was kept'
-    assert line in summary(runner)
+    text = summary(runner)
+    assert 'trained  6 iterations in' in text
+    path = tmp_path / 'epoch_2.pth'
+    assert f'coco/bbox_mAP 0.5000 after epoch 2 in {path}\n' in text
+    trained, validated = statistics.read_curves(str(tmp_path))
+    assert validated['coco/bbox_mAP'] == {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2}
+    assert list(trained['loss']) == list(range(1, 13))
 
 
 def test_summary_without_validation_and_without_the_first_process(
@@ -164,29 +159,39 @@ def test_summary_without_validation_and_without_the_first_process(
 ):
     runner = make_runner(tmp_path / 'a', hooks=[SummaryHook()])
     runner.train()
-    assert 'trained     9 iterations in' in summary(runner)
+    assert 'trained  9 iterations in' in summary(runner)
     assert 'best' not in summary(runner)
+    assert_figure(tmp_path / 'a')
 
-    monkeypatch.setattr('convmlp_mm.hooks.summary.is_main_process', lambda: False)
+    monkeypatch.setattr(statistics, 'is_main_process', lambda: False)
     runner = make_runner(tmp_path / 'b', hooks=[SummaryHook()])
     runner.train()
     assert summary(runner) == ''
+    assert not (tmp_path / 'b' / 'curves.png').exists()
 
 
-@pytest.mark.parametrize(
-    ('inputs', 'number'),
-    [
-        (torch.zeros(4, 3, 2, 2), 4),
-        ([torch.zeros(3, 2, 2)] * 4, 4),
-        ([torch.zeros(4, 3, 2, 2)] * 2, 4),
-        (dict(sup=[torch.zeros(3, 2, 2)], unsup=[torch.zeros(3, 2, 2)] * 3), 4),
-    ],
-)
-def test_images_of_a_batch_are_counted_in_all_its_forms(inputs, number):
-    hook = SummaryHook()
-    hook.before_train(SimpleNamespace(iter=0))
-    hook.after_train_iter(None, 0, dict(inputs=inputs))
-    assert hook._images == number
+def test_half_a_line_and_values_that_are_no_numbers_are_passed_over(tmp_path):
+    lines = [
+        dict(bbox_mAP=0.5, step=1),
+        dict(iter=1, step=1, loss=2.0, lr=0.1),
+        dict(iter=2, step=2, loss=float('nan'), lr=0.1, note='text'),
+    ]
+    text = '\n'.join(json.dumps(line) for line in lines)
+    path = tmp_path / '20200101_000000' / 'vis_data' / 'scalars.json'
+    path.parent.mkdir(parents=True)
+    path.write_text(text + '\n{"iter": 3, "step": 3, "lo')
+    trained, validated = statistics.read_curves(str(tmp_path))
+    assert trained['loss'] == {1: 2.0} and trained['lr'] == {1: 0.1, 2: 0.1}
+    assert 'note' not in trained and validated == dict(bbox_mAP={1: 0.5})
+
+
+def test_figure_that_cannot_be_drawn_ends_no_run(tmp_path):
+    (tmp_path / 'curves.png').mkdir()
+    runner = make_runner(tmp_path, hooks=[SummaryHook()])
+    runner.train()
+    assert 'The summary is cut short: IsADirectoryError' in read_log(runner)
+    text = summary(runner)
+    assert 'logs     ' in text and 'curves' not in text
 
 
 def test_summary_is_not_given_when_the_run_fails(tmp_path):
@@ -196,116 +201,12 @@ def test_summary_is_not_given_when_the_run_fails(tmp_path):
     assert summary(runner) == ''
 
 
-def fake_tensorboard(monkeypatch, written):
-    """A torch.utils.tensorboard that keeps what it is given."""
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            written['folder'] = folder
-
-        def add_text(self, name, text):
-            written[name] = text
-
-        def add_scalar(self, name, value, step):
-            written.setdefault(name, {})[step] = value
-
-        def close(self):
-            pass
-
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        'convmlp_mm.hooks.tracking.find_spec',
-        lambda name: name if name == 'tensorboard' else found(name),
-    )
-    module = SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module)
-
-
-def test_tensorboard_gets_the_scalars_where_it_is_installed(tmp_path, monkeypatch):
-    written = {}
-    fake_tensorboard(monkeypatch, written)
-    runner = make_runner(tmp_path, [0.1, 0.2, 0.3], [TensorBoardHook()])
-    runner.train()
-    assert written['folder'] == f'{runner.log_dir}/vis_data'
-    assert sorted(written['loss']) == list(range(1, 10))
-    assert written['coco/bbox_mAP'] == {1: 0.1, 2: 0.2, 3: 0.3}
-
-
-@pytest.mark.parametrize('broken', [False, True])
-def test_training_goes_on_without_tensorboard(tmp_path, monkeypatch, broken):
-    monkeypatch.setattr(
-        'convmlp_mm.hooks.tracking.find_spec', lambda name: name if broken else None
-    )
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
-    runner = make_runner(tmp_path, hooks=[TensorBoardHook()])
-    runner.train()
-    assert list(runner.visualizer._vis_backends) == ['LocalVisBackend']
-    assert ('TensorBoard is installed but fails' in read_log(runner)) == broken
-
-
-class Disk(Hook):
-    """Full in the second epoch of three."""
-
-    def __init__(self):
-        self.full = ExitStack()
-
-    def before_train_epoch(self, runner):
-        if runner.epoch == 1:
-            sizes = [p.stat().st_size for p in Path(runner.log_dir).rglob('*.*s*')]
-            self.full.enter_context(full_disk(max(sizes) + 20))
-        else:
-            self.full.close()
-
-
-def test_training_goes_on_when_its_log_cannot_be_written(tmp_path, capsys, monkeypatch):
-    class Lost(BaseVisBackend):
-        experiment = _init_env = None
-
-        def add_scalars(self, scalars, step=0, file_path=None, **kwargs):
-            raise ConnectionError('the server is gone')
-
-    runner = make_runner(tmp_path, hooks=[SafeLogHook(), disk := Disk()])
-    runner.visualizer._vis_backends['Lost'] = Lost(str(tmp_path))
-    with disk.full:
-        runner.train()
-    (scalars,) = Path(runner.log_dir).glob('vis_data/scalars.json')
-    steps = [json.loads(line)['step'] for line in scalars.read_text().splitlines()]
-    # What was too much is lost, and no half line is there.
-    assert steps == [1, 2, 3, 7, 8, 9]
-    said = ''.join(capsys.readouterr())
-    assert said.count('LocalVisBackend cannot write: File too large; training') == 1
-    assert said.count('Lost cannot write: the server is gone; training goes on') == 1
-    assert 'Logging error' not in said
-
-    class ReadOnly(LocalVisBackend):
-        def add_scalars(self, *args, **kwargs):
-            raise OSError(errno.EROFS, 'Read-only file system')
-
-    runner = make_runner(tmp_path / 'closed', hooks=[SafeLogHook()])
-    backends = runner.visualizer._vis_backends
-    backends['ReadOnly'] = ReadOnly(backends['LocalVisBackend']._save_dir)
-    with monkeypatch.context() as patch:
-        patch.setattr('os.truncate', ReadOnly.add_scalars)
-        runner.train()
-    said = ''.join(capsys.readouterr())
-    assert 'ReadOnly cannot write: Read-only file system; training goes on' in said
-
-    class Wrong(Lost):
-        def add_scalars(self, *args, **kwargs):
-            raise ValueError('no number')
-
-    runner = make_runner(tmp_path / 'wrong', hooks=[SafeLogHook()])
-    runner.visualizer._vis_backends['Wrong'] = Wrong(str(tmp_path))
-    with pytest.raises(ValueError, match='no number'):
-        runner.train()
-
-
 @pytest.mark.parametrize('main', [True, False])
 def test_metrics_of_a_test_are_written_by_the_first_process(
     tmp_path, monkeypatch, main
 ):
-    monkeypatch.setattr('convmlp_mm.hooks.distributed.is_main_process', lambda: main)
-    runner = make_runner(tmp_path, [0.3], [OneMetricsFileHook()])
+    monkeypatch.setattr(statistics, 'is_main_process', lambda: main)
+    runner = make_runner(tmp_path, [0.3])
     runner._test_dataloader = runner._val_dataloader
     runner._test_evaluator = runner._val_evaluator
     runner._test_loop = dict()

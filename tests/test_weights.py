@@ -25,11 +25,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from convmlp_mm import ConvMLP, get_model
-from convmlp_mm.checkpoint_io import read_checkpoint
+from convmlp_mm.checkpoint import (
+    ROOT,
+    describe_arch,
+    fit_checkpoint,
+    match,
+    read_checkpoint,
+    to_mm_layout,
+    to_published_layout,
+)
 from convmlp_mm.launch import read_weights_only
-from convmlp_mm.layouts import to_mm_layout, to_published_layout
-from convmlp_mm.weights import describe_arch, fit_checkpoint
-from convmlp_mm.zoo import ROOT
 
 TINY = dict(
     tokenizer_channels=8,
@@ -149,6 +154,19 @@ def test_unknown_tensors_are_named(published, save):
     published['stages.0.blocks.0.extra'] = torch.rand(1)
     with pytest.raises(ValueError, match=r'1 unknown: stages\.0\.blocks\.0\.extra'):
         build(save(published)).init_weights()
+
+
+def test_match_compares_names_and_shapes_and_decides_nothing():
+    one, two = torch.zeros(1), torch.zeros(2)
+    result = match(
+        dict(a=one, b=two, c=one), dict(a=one, b=one, d=one, num_batches_tracked=one)
+    )
+    assert result.loaded == dict(a=one)
+    assert list(result.misshapen) == ['b'] and '(2,) in' in result.misshapen['b']
+    assert (result.missing, result.unknown) == (['d'], ['c'])
+    result.skip('left out', ['b', 'c', 'd'])
+    assert not (result.missing or result.unknown or result.misshapen)
+    assert result.skipped == {'left out': ['b', 'c', 'd']}
 
 
 def test_file_of_another_arch_is_refused_and_named(published, save):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 import convmlp_mm
 from convmlp_mm.apis import build_model, switch_to_deploy
-from convmlp_mm.config_files import find_config
+from convmlp_mm.zoo import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = convmlp_mm.list_models()
@@ -233,8 +233,8 @@ def test_mmpretrain_loads_published_weights_by_name(published, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp('pictures') / 'a picture.png'
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp('images') / 'an image.png'
     Image.effect_noise((96, 64), 64).convert('RGB').save(path)
     return str(path)
 
@@ -248,7 +248,7 @@ def picture(tmp_path_factory):
         ('semantic_fpn_convmlp_s', 150),
     ],
 )
-def test_inferencer_predicts_with_the_weights_given(name, classes, picture, tmp_path):
+def test_inferencer_predicts_with_the_weights_given(name, classes, image, tmp_path):
     torch.manual_seed(0)
     state = convmlp_mm.get_model(name).state_dict()
     torch.save(dict(state_dict=state, meta={}), tmp_path / 'weights.pth')
@@ -257,23 +257,23 @@ def test_inferencer_predicts_with_the_weights_given(name, classes, picture, tmp_
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
     assert len(inferencer.model.dataset_meta['classes']) == classes
     if name.startswith('convmlp'):
-        (result,) = inferencer(picture)
+        (result,) = inferencer(image)
         assert result['pred_class'] in inferencer.classes
         assert result['pred_scores'].shape == (classes,)
     elif name.startswith('semantic'):
-        labels = inferencer(picture)['predictions']
+        labels = inferencer(image)['predictions']
         assert labels.shape == (64, 96) and labels.max() < classes
     else:
-        (result,) = inferencer(picture, no_save_vis=True)['predictions']
+        (result,) = inferencer(image, no_save_vis=True)['predictions']
         assert set(result) >= {'labels', 'scores', 'bboxes'}
         assert ('masks' in result) == name.startswith('mask')
 
 
-def test_inferencer_takes_collate_fn_as_the_runner_does(picture):
+def test_inferencer_takes_collate_fn_as_the_runner_does(image):
     cfg = find_config('semantic_fpn_convmlp_s')
     cfg.test_dataloader.collate_fn = dict(type='pseudo_collate')
     inferencer = convmlp_mm.get_inferencer(cfg, False, 'cpu')
-    assert inferencer(picture)['predictions'].shape == (64, 96)
+    assert inferencer(image)['predictions'].shape == (64, 96)
     assert cfg.test_dataloader.collate_fn == dict(type='pseudo_collate')
 
 

@@ -83,7 +83,7 @@ class Numbers(Dataset):
 
 @HOOKS.register_module(force=True)
 class SignalOnce(Hook):
-    """Send a signal to this process after an iteration, if ``marker`` is not there.
+    """Send a signal to this process in an iteration, if ``marker`` is not there.
 
     ``group`` sends it to the whole process group. Each iteration takes ``every``
     seconds more.
@@ -95,19 +95,22 @@ class SignalOnce(Hook):
         self.iteration, self.rank, self.group = iteration, rank, group
         self.every = every
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter + 1 == self.iteration and get_rank() == self.rank:
+            self._send()
         time.sleep(self.every)
-        if runner.iter + 1 != self.iteration or get_rank() != self.rank:
+
+    def _send(self):
+        if self.marker.exists():
             return
-        if not self.marker.exists():
-            self.marker.write_text('')
-            if self.group:
-                # From outside: a worker obeys its parent.
-                code = f'import os; os.killpg({os.getpgid(0)}, {int(self.signal)})'
-                command = [sys.executable, '-c', code]
-                subprocess.run(command, start_new_session=True, check=True)
-            else:
-                os.kill(os.getpid(), self.signal)
+        self.marker.write_text('')
+        if self.group:
+            # From outside: a worker obeys its parent.
+            code = f'import os; os.killpg({os.getpgid(0)}, {int(self.signal)})'
+            command = [sys.executable, '-c', code]
+            subprocess.run(command, start_new_session=True, check=True)
+        else:
+            os.kill(os.getpid(), self.signal)
 
 
 def write_config(

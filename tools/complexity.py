@@ -3,13 +3,13 @@
 
 Models are run on torch's meta device, which has shapes but no values. Parameters are in
 millions, multiply-accumulates (MACs) of convolutions and matrix products in 1e9,
-activations (elements of their outputs) in millions; CSV has the whole numbers.
+activations (elements of their outputs) in millions; CSV has the whole numbers. Nothing
+but the table is written to the standard output.
 """
 
 import argparse
 import contextlib
 import math
-import os.path as osp
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,13 +23,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from convmlp_mm.apis import build_model
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
 from convmlp_mm.launch import one_line_errors
 from convmlp_mm.launch.tables import FORMATS, format_table
-
-# Steps of a test pipeline that decide the size.
-CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
+from convmlp_mm.toolkits import default_shape
+from convmlp_mm.zoo import find_config
 
 
 class Complexity(NamedTuple):
@@ -49,21 +46,13 @@ class Complexity(NamedTuple):
     strides: tuple[int, ...]
     channels: tuple[int, ...]
 
-    def row(self, exact: bool) -> list[str]:
-        """Format a line of the table."""
-        counts = zip((self.params, self.macs, self.activations), (1e6, 1e9, 1e6))
-        counts = [str(n) if exact else f'{n / unit:.2f}' for n, unit in counts]
-        maps = [' '.join(map(str, n)) or '-' for n in (self.strides, self.channels)]
-        return [self.name, '{}x{}'.format(*self.shape), *counts, *maps]
-
 
 def measure_complexity(
     cfg: Config, shape: tuple[int, int] | None = None, name: str = 'the model'
 ) -> Complexity:
     """Count what the toolkit's mode ``'tensor'`` costs, which has no post-processing.
 
-    ``shape`` has height and width in pixels, by default those of
-    :func:`default_shape`. What cannot be built, or run without values, is a ValueError.
+    What cannot be built, or run without values, is a ValueError.
     """
     usual = default_shape(cfg)
     shape = shape or usual
@@ -92,29 +81,6 @@ def measure_complexity(
     macs, activations = flops.get_total_flops() // 2, numels.get_total_flops()
     levels = _describe(model, outputs, shape)
     return Complexity(name, shape, params, trainable, macs, activations, *levels)
-
-
-def default_shape(cfg: Config) -> tuple[int, int]:
-    """Return the height and width, in pixels, that a configuration is tested at.
-
-    That is what the test pipeline resizes or crops to, else 224x224; for segmentors the
-    crop of the training, and 800x1280 for 1333x800, as in the tables of mmdet.
-    """
-    scope = cfg.get('default_scope')
-    if scope == 'mmseg':
-        preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
-        return tuple(preprocessor.get('size') or cfg.crop_size)
-    shape = 224
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    for step in dataset.get('pipeline') or ():
-        if str(step['type']).rpartition('.')[2] in CROPS:
-            keys = [key for key in ('scale', 'crop_size', 'size') if key in step]
-            shape = step[keys[0]] if keys else shape
-    if isinstance(shape, int):
-        return shape, shape
-    # mmdet has the width first.
-    shape = tuple(shape[::-1] if scope == 'mmdet' else shape)
-    return (800, 1280) if shape == (800, 1333) else shape
 
 
 def _give_boxes(model: nn.Module) -> None:
@@ -154,14 +120,27 @@ def _describe(model: nn.Module, outputs: list, shape: tuple[int, int]) -> tuple:
         return tuple(tuple(level[key] for level in levels) for key in keys)
     maps = [m for output in outputs for m in output if isinstance(m, Tensor)]
     maps = [m for m in maps if m.dim() == 4]
-    sides = [max(zip(shape, m.shape[2:])) for m in maps]
-    return tuple(_stride(*side) for side in sides), tuple(m.shape[1] for m in maps)
+    strides = []
+    for side, cells in (max(zip(shape, m.shape[2:])) for m in maps):
+        # Layers round odd sizes up. Patches may have 14 pixels.
+        powers = [2**n for n in range(12) if -(-side // 2**n) == cells]
+        strides.append(powers[0] if powers else round(side / cells))
+    return tuple(strides), tuple(m.shape[1] for m in maps)
 
 
-def _stride(side: int, cells: int) -> int:
-    # Layers round odd sizes up. Patches may have 14 pixels.
-    powers = [2**n for n in range(12) if -(-side // 2**n) == cells]
-    return powers[0] if powers else round(side / cells)
+def format_costs(costs: list[Complexity], style: str) -> str:
+    """Format a table, in the units of its header but for CSV."""
+    exact = style == 'csv'
+    columns = dict(params=(1e6, 'M'), MACs=(1e9, 'G'), activations=(1e6, 'M'))
+    header = [key if exact else f'{key} ({u})' for key, (_, u) in columns.items()]
+    rows = []
+    for cost in costs:
+        counts = [getattr(cost, key.lower()) for key in columns]
+        units = [unit for unit, _ in columns.values()]
+        counts = [str(n) if exact else f'{n / u:.2f}' for n, u in zip(counts, units)]
+        maps = [' '.join(map(str, n)) or '-' for n in (cost.strides, cost.channels)]
+        rows.append([cost.name, '{}x{}'.format(*cost.shape), *counts, *maps])
+    return format_table(['model', 'shape', *header, 'strides', 'channels'], rows, style)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,28 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     text = 'height and width, or one number for both; by default those of the tests'
     add('--shape', nargs='+', type=int, metavar='PIXELS', help=text)
     add('--format', choices=FORMATS, default='text')
-    add('--out', type=osp.expanduser, help='file to write')
-    add('--overwrite', action='store_true', help='replace the file of --out')
     args = parser.parse_args(argv)
     # What the toolkits print does not belong into the table.
     with one_line_errors(), contextlib.redirect_stdout(sys.stderr):
         if args.shape and len(args.shape) > 2:
             raise ValueError(f'--shape takes one number or two, but got {args.shape}')
-        if args.out:
-            check_output(args.out, args.overwrite)
         shape = args.shape and (args.shape[0], args.shape[-1])
         # All of them are found before the first is counted.
         jobs = [(find_config(name), shape, name) for name in args.models]
         costs = [measure_complexity(*job) for job in jobs]
-    exact = args.format == 'csv'
-    header = ['params (M)', 'MACs (G)', 'activations (M)']
-    header = [column[:-4] for column in header] if exact else header
-    header = ['model', 'shape', *header, 'strides', 'channels']
-    table = format_table(header, [cost.row(exact) for cost in costs], args.format)
-    if args.out:
-        write_file(args.out, table, args.overwrite)
-    else:
-        sys.stdout.write(table)
+    sys.stdout.write(format_costs(costs, args.format))
 
 
 if __name__ == '__main__':

@@ -13,52 +13,37 @@ import argparse
 import os.path as osp
 from collections.abc import Mapping
 
-from convmlp_mm.checkpoint_io import (
+from convmlp_mm.checkpoint import (
     CheckpointError,
     check_content,
+    check_output,
+    check_tensors,
     dump_checkpoint,
-    read_checkpoint,
-)
-from convmlp_mm.files import check_output, write_file
-from convmlp_mm.launch import one_line_errors
-from convmlp_mm.layouts import (
     name_as_model,
+    read_checkpoint,
     say_taken,
     to_mm_layout,
     to_published_layout,
+    write_file,
 )
-from convmlp_mm.weights import check_tensors
+from convmlp_mm.launch import one_line_errors
 
 LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file or URL, of either layout')
-    parser.add_argument('out', type=osp.expanduser, help='file to write')
-    parser.add_argument(
-        '--to',
-        choices=LAYOUTS,
-        default='mm',
-        help='mm: state_dict and meta as mmpretrain, mmdet and mmseg save them; '
-        'published: as the authors do (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--key',
-        help='take the tensors under this key, for instance state_dict_ema, where '
-        'timm keeps the average (default: state_dict or model)',
-    )
-    parser.add_argument(
-        '--overwrite', action='store_true', help='replace OUT if it is there'
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint file or URL, of either layout')
+    add('out', type=osp.expanduser, help='file to write')
+    text = 'as mmpretrain, mmdet and mmseg save it (mm, the default), or the authors'
+    add('--to', choices=LAYOUTS, default='mm', help=text)
+    text = 'take the tensors under this key, as state_dict_ema, where timm averages'
+    add('--key', help=f'{text} (default: state_dict or model)')
+    add('--overwrite', action='store_true', help='replace OUT if it is there')
+    args, skipped = parser.parse_args(), []
     with one_line_errors():
         check_output(args.out, args.overwrite)
-        skipped = []
         checkpoint = read_checkpoint(args.checkpoint, skipped=skipped)
         if args.key:
             if not isinstance(checkpoint.get(args.key), Mapping):
@@ -76,9 +61,8 @@ def main() -> None:
         except ValueError as error:
             raise ValueError(f'checkpoint {args.checkpoint!r}: {error}') from error
         write_file(args.out, dump_checkpoint(converted), args.overwrite)
-    tensors = converted.get('state_dict', converted)
-    taken = say_taken(checkpoint)
-    print(f'wrote {args.out}: {len(tensors)} tensors, layout {args.to!r}{taken}')
+    count, taken = len(converted.get('state_dict', converted)), say_taken(checkpoint)
+    print(f'wrote {args.out}: {count} tensors, layout {args.to!r}{taken}')
     if skipped:
         print(f'left out: objects of {", ".join(dict.fromkeys(skipped))}')
 

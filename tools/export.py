@@ -15,15 +15,12 @@ import torch
 
 from convmlp_mm import __version__
 from convmlp_mm.apis import build_model, load_weights
-from convmlp_mm.checkpoint_io import hash_file, locate_checkpoint
-from convmlp_mm.config_files import find_config
+from convmlp_mm.checkpoint import hash_file, locate_checkpoint
 from convmlp_mm.export import FORMATS, OPSETS, check_request, export, verify, write
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images, read_whole_image
-from convmlp_mm.zoo import published_weights
-
-# Height and width in pixels, by toolkit, as the systems of the paper are tested.
-SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1280), mmseg=(512, 512))
+from convmlp_mm.toolkits import default_shape
+from convmlp_mm.zoo import find_config, published_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,17 +31,10 @@ def parse_args() -> argparse.Namespace:
     add('out', type=osp.expanduser, help='file to write: .onnx, or .pt2 (torch)')
     add('--format', choices=tuple(FORMATS), default='onnx', help='default: onnx')
     add('--part', choices=('model', 'backbone'), default='model', help='default: model')
-    add(
-        '--shape',
-        nargs=2,
-        type=int,
-        metavar=('H', 'W'),
-        help='pixels to compare at; default: 224 224 for classifiers, 800 1280 for '
-        'detectors, 512 512 for segmentors',
-    )
+    text = 'pixels to compare at; default: those of the systems of the paper'
+    add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--images', help='image or folder to compare on; default: three drawn images')
-    newest = OPSETS[-1]
-    add('--opset', type=int, choices=OPSETS, default=newest, help='default: 17')
+    add('--opset', type=int, choices=OPSETS, default=OPSETS[-1])
     add('--overwrite', action='store_true', help='replace the file')
     add_cfg_options(parser)
     return parser.parse_args()
@@ -53,12 +43,11 @@ def parse_args() -> argparse.Namespace:
 def read_image(path: str) -> np.ndarray:
     try:
         return read_whole_image(path)
-    # Pillow raises what it likes for broken files.
-    except Exception as error:
+    except Exception as error:  # Pillow raises what it likes for broken files.
         raise ValueError(f'image {path!r} cannot be read: {error}') from error
 
 
-def main() -> int:
+def main() -> None:
     args = parse_args()
     with one_line_errors():
         cfg = find_config(args.config)
@@ -80,7 +69,7 @@ def main() -> int:
                 digest = hash_file(locate_checkpoint(weights))
                 stated += f' (SHA-256 {digest[:8]})'
         notes = dict(config=args.config, weights=stated, version=__version__)
-        shape = tuple(args.shape or SHAPES[cfg.default_scope])
+        shape = tuple(args.shape or default_shape(cfg))
         exported = export(model, shape, *wanted, args.opset, notes)
         verify(exported, model, images)
         write(exported, args.out, args.overwrite)
@@ -95,8 +84,7 @@ def main() -> int:
         if not exported.detections:
             print('compare on images of the data set: --images', file=sys.stderr)
     print(f'{args.out}: {len(exported.content) / 1e6:.1f} MB, {stated}')
-    return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

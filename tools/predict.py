@@ -12,15 +12,16 @@ import json
 import os
 import os.path as osp
 import sys
+from collections.abc import Callable
 
 import cv2
+import numpy as np
 from mmengine.device import get_device
 from mmengine.utils import ProgressBar
 
 from convmlp_mm import get_inferencer
 from convmlp_mm.apis import switch_to_deploy
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.predict import (
@@ -30,67 +31,52 @@ from convmlp_mm.predict import (
     predictor_of,
     read_whole_image,
 )
-from convmlp_mm.zoo import published_weights
+from convmlp_mm.zoo import find_config, published_weights
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'config', help="configuration file, or a name such as 'retinanet_convmlp_s'"
+    add, path = parser.add_argument, osp.expanduser
+    add('config', help="configuration file, or a name such as 'retinanet_convmlp_s'")
+    add('weights', help="checkpoint file or URL, or 'published' for the authors'")
+    add('input', type=path, help='image, or folder, with the folders in it')
+    add('--out', required=True, type=path, help='folder for what is written')
+    text = (
+        'images predicted at once; detectors and segmentors take only images of one '
+        'size together, so that it changes no result (default: %(default)s)'
     )
-    parser.add_argument(
-        'weights', help="checkpoint file or URL, or 'published' for the authors'"
-    )
-    parser.add_argument(
-        'input', type=osp.expanduser, help='image, or folder, with the folders in it'
-    )
-    parser.add_argument(
-        '--out', required=True, type=osp.expanduser, help='folder for what is written'
-    )
-    parser.add_argument(
-        '--batch-size',
-        type=int,
-        default=1,
-        help='images predicted at once; detectors and segmentors take only images '
-        'of one size together, so that it changes no result (default: %(default)s)',
-    )
-    parser.add_argument('--device', help="such as 'cuda:1'; by default a GPU if any")
-    parser.add_argument(
-        '--score-thr',
-        type=float,
-        default=0.3,
-        help='lowest score of the detections that are kept (default: %(default)s)',
-    )
+    add('--batch-size', type=int, default=1, help=text)
+    add('--device', help="such as 'cuda:1'; by default a GPU if any")
+    text = 'lowest score of the detections that are kept (default: %(default)s)'
+    add('--score-thr', type=float, default=0.3, help=text)
+    add('--overwrite', action='store_true', help='replace files in OUT')
     add_cfg_options(parser)
-    parser.add_argument('--overwrite', action='store_true', help='replace files in OUT')
     return parser.parse_args()
 
 
-def batches(images: list[str], batch_size: int, mixed: bool, skip):
-    """Group images, of one size unless they may be mixed, with their sizes."""
-    batch, sizes = [], []
+def batches(images: list[str], batch_size: int, mixed: bool, skip: Callable):
+    """Group images with their sizes, of one size unless they may be mixed."""
+    batch = {}
     for image in images:
         try:
             size = read_whole_image(image).shape[:2]
-        # Pillow raises what it likes for broken files.
-        except Exception as error:
+        except Exception as error:  # Pillow raises what it likes for broken files.
             skip(image, error)
             continue
-        if batch and (len(batch) == batch_size or not (mixed or size == sizes[0])):
-            yield batch, sizes
-            batch, sizes = [], []
-        batch.append(image)
-        sizes.append(size)
+        fits = mixed or not batch or size in batch.values()
+        if len(batch) == batch_size or not fits:
+            yield batch
+            batch = {}
+        batch[image] = size
     if batch:
-        yield batch, sizes
+        yield batch
 
 
-def save_image(path: str, pixels) -> None:
+def save_image(path: str, pixels: np.ndarray) -> None:
     """Write an image, RGB or one channel, in the format that its name says."""
     os.makedirs(osp.dirname(path), exist_ok=True)
-    if pixels.ndim == 3:
-        pixels = pixels[..., ::-1]
-    _, content = cv2.imencode(osp.splitext(path)[1], pixels)
+    pixels = pixels[..., ::-1] if pixels.ndim == 3 else pixels
+    content = cv2.imencode(osp.splitext(path)[1], pixels)[1]
     write_file(path, content.tobytes(), overwrite=True)
 
 
@@ -118,17 +104,17 @@ def main() -> int:
     root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
     names = name_outputs(images, root)
     results = predictor_of(inferencer, args.score_thr)
-    bar = ProgressBar(len(images), file=sys.stderr) if len(images) > 1 else None
+    bar = ProgressBar(len(images), file=sys.stderr)
 
     def skip(path: str, error: Exception) -> None:
         name = osp.relpath(path, root)
         print(f'\nskipped {name}: {error}', file=sys.stderr)
         results.skipped.append(dict(file_name=name, reason=str(error)))
-        if bar:
-            bar.update()
+        bar.update()
 
-    for batch, sizes in batches(images, args.batch_size, results.mixes_sizes, skip):
-        for path, size, (sample, picture) in zip(batch, sizes, results.predict(batch)):
+    for batch in batches(images, args.batch_size, results.mixes_sizes, skip):
+        found = results.predict(list(batch))
+        for (path, size), (sample, picture) in zip(batch.items(), found):
             label_map = f'label_maps/{names[path]}.png'
             drawn = f'vis/{names[path]}.jpg'
             try:
@@ -136,16 +122,15 @@ def main() -> int:
                     raise ValueError('the prediction has numbers that are not finite')
                 save_image(osp.join(args.out, drawn), picture)
                 if cfg.default_scope == 'mmseg':
-                    labels = labels_of(sample)
                     # Label maps of more than 256 classes need 16 bits.
                     kind = 'uint8' if len(results.classes) <= 256 else 'uint16'
-                    save_image(osp.join(args.out, label_map), labels.astype(kind))
+                    labels = labels_of(sample).astype(kind)
+                    save_image(osp.join(args.out, label_map), labels)
             except (OSError, ValueError) as error:
                 skip(path, error)
                 continue
             results.add(osp.relpath(path, root), size, sample, label_map, drawn)
-            if bar:
-                bar.update()
+            bar.update()
     info = dict(config=args.config, weights=weights, score_thr=args.score_thr)
     content = json.dumps(results.content(**info), indent=1, allow_nan=False)
     with one_line_errors():

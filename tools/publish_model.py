@@ -9,52 +9,42 @@ import argparse
 import hashlib
 import os.path as osp
 
-import torch
+from torch import Tensor
 
-from convmlp_mm.checkpoint_io import dump_checkpoint, read_checkpoint
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import (
+    check_output,
+    check_tensors,
+    dump_checkpoint,
+    read_checkpoint,
+    write_file,
+)
 from convmlp_mm.launch import one_line_errors
-from convmlp_mm.weights import check_tensors
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument(
-        'out',
-        type=osp.expanduser,
-        help='file to write; the hash comes before its ending .pth',
-    )
-    return parser.parse_args()
-
-
-def publish(filename: str, out: str) -> tuple[str, bytes]:
-    """Make the file's content and its name."""
-    if not out.endswith('.pth'):
-        raise ValueError(f'the file to write must end with .pth, but got {out!r}')
-    check_output(out, overwrite=True)
-    checkpoint = read_checkpoint(filename)
-    # EMAHook saves the average as state_dict.
-    state_dict = checkpoint.get('state_dict', checkpoint)
-    if not state_dict or not all(
-        isinstance(value, torch.Tensor) for value in state_dict.values()
-    ):
-        raise ValueError(f'checkpoint {filename!r} holds no state dict of tensors')
-    check_tensors(state_dict, filename)
-    meta = checkpoint.get('meta') or {}
-    kept = {key: meta[key] for key in ('dataset_meta', 'CLASSES') if key in meta}
-    content = dump_checkpoint(dict(state_dict=state_dict, meta=kept))
-    digest = hashlib.sha256(content).hexdigest()
-    return f'{out.removesuffix(".pth")}-{digest[:8]}.pth', content
 
 
 def main() -> None:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    text = 'file to write; the hash comes before its ending .pth'
+    parser.add_argument('out', type=osp.expanduser, help=text)
+    args = parser.parse_args()
     with one_line_errors():
-        path, content = publish(args.checkpoint, args.out)
+        stem, suffix = osp.splitext(args.out)
+        if suffix != '.pth':
+            raise ValueError(f'the file must end with .pth, but got {args.out!r}')
+        check_output(args.out, overwrite=True)
+        checkpoint = read_checkpoint(args.checkpoint)
+        # EMAHook saves the average as state_dict.
+        weights = checkpoint.get('state_dict', checkpoint)
+        if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+            raise ValueError(f'checkpoint {args.checkpoint!r} holds no tensors alone')
+        check_tensors(weights, args.checkpoint)
+        meta = checkpoint.get('meta') or {}
+        meta = {k: meta[k] for k in ('dataset_meta', 'CLASSES') if k in meta}
+        content = dump_checkpoint(dict(state_dict=weights, meta=meta))
+        digest = hashlib.sha256(content).hexdigest()
+        path = f'{stem}-{digest[:8]}.pth'
         write_file(path, content)
-    print(f'{path}\nsize: {len(content) / 2**20:.1f} MB')
-    print(f'SHA256: {hashlib.sha256(content).hexdigest()}')
+    print(f'{path}\nsize: {len(content) / 2**20:.1f} MB\nSHA256: {digest}')
 
 
 if __name__ == '__main__':

@@ -3,7 +3,8 @@
 #   tools/quickstart.sh [OUT [KEY=VALUE ...]]
 # OUT is the folder of the results; the rest are settings to override, as in
 # tools/train.py --cfg-options.
-# Python 3.10 to 3.12 and a C++ compiler are enough; a GPU is used if there is one.
+# Python 3.10 to 3.12 is enough, and a C++ compiler where no compiled mmcv can be had; a
+# GPU is used if there is one.
 set -euo pipefail
 unset CDPATH
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,7 +15,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 data=$out/data
 
-python=$(bash "$tools/setup_env.sh")
+python=$(bash "$tools/setup.sh")
 PATH="$(dirname "$python"):$PATH"
 export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 started=$SECONDS

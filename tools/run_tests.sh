@@ -3,12 +3,12 @@
 #
 #   tools/run_tests.sh [ARGUMENT OF PYTEST ...]    for example: -m 'not slow' -k wheel
 #
-# The choices of tools/setup_env.sh (STACK, VENV, ...) hold here too.
+# The choices of tools/setup.sh (STACK, PYTHON, ...) hold here too.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=$(bash tools/setup_env.sh tests analysis deploy)
+python=$(bash tools/setup.sh tests analysis deploy)
 PATH="$(dirname "$python"):$PATH"
 export PATH
 

@@ -12,45 +12,29 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 
-from convmlp_mm.config_checks import give_visualizer
-from convmlp_mm.launch import (
-    add_common_arguments,
-    build_runner,
-    check_checkpoint,
-    check_data,
-    closing_group,
-    final_mistakes,
-    load_config,
-    naming_data,
-    one_line_errors,
+from convmlp_mm import launch
+from convmlp_mm.zoo import give_visualizer
+
+# What draws, and its options: by class of the hook.
+HOOKS = dict(
+    VisualizationHook=('enable', 'out_dir'),
+    DetVisualizationHook=('draw', 'test_out_dir'),
+    SegVisualizationHook=('draw', None),
 )
-from convmlp_mm.launch.process import end_with_launcher
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='configuration file')
-    parser.add_argument(
-        'checkpoint', type=osp.expanduser, help='checkpoint file or URL'
-    )
-    parser.add_argument(
-        '--out',
-        metavar='PKL',
-        type=osp.expanduser,
-        help='dump the predictions here, as a pickle: open only those that you trust',
-    )
-    parser.add_argument(
-        '--show-dir',
-        type=osp.expanduser,
-        help='draw predictions beside the ground truth into this folder',
-    )
-    parser.add_argument(
-        '--tta',
-        action='store_true',
-        help='test-time augmentation by tta_model and tta_pipeline of the '
-        'configuration',
-    )
-    add_common_arguments(parser)
+    add = parser.add_argument
+    add('config', help='configuration file')
+    add('checkpoint', type=osp.expanduser, help='checkpoint file or URL')
+    text = 'dump the predictions here, as a pickle: open only those that you trust'
+    add('--out', metavar='PKL', type=osp.expanduser, help=text)
+    text = 'draw predictions beside the ground truth into this folder'
+    add('--show-dir', type=osp.expanduser, help=text)
+    text = 'test-time augmentation by tta_model and tta_pipeline of the configuration'
+    add('--tta', action='store_true', help=text)
+    launch.add_common_arguments(parser)
     return parser.parse_args()
 
 
@@ -59,51 +43,47 @@ def draw_to(cfg: Config, folder: str) -> None:
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     kind = hook and getattr(hook.type, '__name__', hook.type).rpartition('.')[2]
     give_visualizer(cfg)
-    if kind == 'DetVisualizationHook':
-        hook.update(draw=True, test_out_dir=folder)
-    elif kind == 'SegVisualizationHook':
-        hook.draw = True
-        cfg.visualizer.save_dir = folder
-    elif kind == 'VisualizationHook':
-        hook.update(enable=True, out_dir=folder)
-    else:
+    if kind not in HOOKS:
         raise ValueError(
             '--show-dir needs default_hooks.visualization to be the hook of '
             f'mmdet, mmseg or mmpretrain, but the configuration has {kind}'
         )
+    switch, option = HOOKS[kind]
+    hook[switch] = True
+    if option:
+        hook[option] = folder
+    else:
+        cfg.visualizer.save_dir = folder
 
 
 def prepare(args: argparse.Namespace) -> Config:
     """Merge the options of testing into the configuration and check it."""
-    cfg = load_config(args)
-    check_checkpoint(args.checkpoint)
+    cfg = launch.load_config(args)
+    launch.check_checkpoint(args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must end with .pkl or .pickle, but got {args.out!r}')
     cfg.load_from = args.checkpoint
     if args.show_dir:
         draw_to(cfg, args.show_dir)
     if args.tta:
-        missing = {'tta_model', 'tta_pipeline'} - set(cfg)
+        missing = ' and '.join(k for k in ('tta_model', 'tta_pipeline') if k not in cfg)
         if missing:
-            raise KeyError(
-                f'--tta needs {" and ".join(sorted(missing))} in the '
-                'configuration, which has none'
-            )
+            raise KeyError(f'--tta needs {missing}, which the configuration has not')
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    check_data(cfg, ('test',))
+    launch.check_data(cfg, ('test',))
     return cfg
 
 
 def main() -> None:
-    end_with_launcher()
+    launch.end_with_launcher()
     args = parse_args()
-    with one_line_errors():
+    with launch.one_line_errors():
         cfg = prepare(args)
     if args.check:
         return
-    with final_mistakes(), closing_group(), naming_data():
-        runner = build_runner(cfg)
+    with launch.final_mistakes(), launch.closing_group(), launch.naming_data():
+        runner = launch.build_runner(cfg)
         if args.out:
             dump = DumpResults(out_file_path=args.out)
             runner.test_evaluator.metrics.append(dump)

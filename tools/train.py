@@ -14,50 +14,33 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
+from convmlp_mm import launch
 from convmlp_mm.hooks import find_latest_checkpoint
-from convmlp_mm.hooks.mixed_precision import has_bfloat16
-from convmlp_mm.hooks.saving import checkpoint_hooks
-from convmlp_mm.launch import (
-    add_common_arguments,
-    build_runner,
-    check_checkpoint,
-    check_data,
-    checkpoint_of_restart,
-    closing_group,
-    final_mistakes,
-    load_config,
-    lock_of_training,
-    naming_data,
-    one_line_errors,
-)
-from convmlp_mm.launch.process import end_with_launcher
+from convmlp_mm.hooks.checkpoint import checkpoint_hooks
+from convmlp_mm.hooks.model import has_bfloat16
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='configuration file')
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        type=osp.expanduser,
-        metavar='CHECKPOINT',
-        help='go on from this checkpoint, or without a value from the newest '
-        'in the work dir that opens; if there is none, start as without the option',
+    add = parser.add_argument
+    add('config', help='configuration file')
+    text = (
+        'go on from this checkpoint, or without a value from the newest in the work '
+        'dir that opens; if there is none, start as without the option'
     )
-    parser.add_argument(
-        '--amp',
-        action='store_true',
-        help='train in automatic mixed precision: float16, or what '
-        'optim_wrapper.dtype says; on a CPU that computes in it, bfloat16',
+    path = dict(type=osp.expanduser, metavar='CHECKPOINT')
+    add('--resume', nargs='?', const='auto', **path, help=text)
+    text = (
+        'train in automatic mixed precision: float16, or what optim_wrapper.dtype '
+        'says; on a CPU that computes in it, bfloat16'
     )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help='scale the learning rate by the batch size in use over '
-        'auto_scale_lr.base_batch_size',
+    add('--amp', action='store_true', help=text)
+    text = (
+        'scale the learning rate by the batch size in use over '
+        'auto_scale_lr.base_batch_size'
     )
-    add_common_arguments(parser)
+    add('--auto-scale-lr', action='store_true', help=text)
+    launch.add_common_arguments(parser)
     return parser.parse_args()
 
 
@@ -67,31 +50,31 @@ def choose_bfloat16(wrapper: ConfigDict) -> None:
     if dtype is None and has_bfloat16():
         wrapper.dtype = dtype = 'bfloat16'
     if dtype != 'bfloat16':
+        advice = (
+            ''
+            if dtype
+            else (
+                ', and this processor does not compute in bfloat16: '
+                '--cfg-options optim_wrapper.dtype=bfloat16 emulates it'
+            )
+        )
         raise ValueError(
             '--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is '
-            f'{dtype}'
-            + (
-                ''
-                if dtype
-                else ', and this processor does not compute in '
-                'bfloat16: --cfg-options optim_wrapper.dtype=bfloat16 emulates it'
-            )
+            f'{dtype}{advice}'
         )
 
 
 def prepare(args: argparse.Namespace) -> Config:
     """Merge the options of training into the configuration and check them."""
-    cfg = load_config(args)
+    cfg = launch.load_config(args)
     if args.amp:
         if get_device() == 'cpu':
             choose_bfloat16(cfg.optim_wrapper)
-        if cfg.optim_wrapper.get('type', 'OptimWrapper') not in (
-            'OptimWrapper',
-            'AmpOptimWrapper',
-        ):
+        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise ValueError(
                 '--amp replaces an optim_wrapper of type OptimWrapper, but the '
-                f'configuration has {cfg.optim_wrapper.type}'
+                f'configuration has {kind}'
             )
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -107,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 def choose_start(cfg: Config, resume: str | None) -> None:
     """Put into the configuration which checkpoint the training goes on from."""
-    saved = checkpoint_of_restart(cfg.work_dir, resume)
+    saved = launch.checkpoint_of_restart(cfg.work_dir, resume)
     if saved is not None:
         cfg.resume, cfg.load_from = True, saved
     elif resume == 'auto':
@@ -117,31 +100,31 @@ def choose_start(cfg: Config, resume: str | None) -> None:
         if cfg.resume:
             cfg.load_from = newest
     elif resume is not None:
-        check_checkpoint(resume)
+        launch.check_checkpoint(resume)
         cfg.resume, cfg.load_from = True, resume
 
 
 def main() -> None:
-    end_with_launcher()
+    launch.end_with_launcher()
     args = parse_args()
     with contextlib.ExitStack() as stack:
-        with one_line_errors():
+        with launch.one_line_errors():
             cfg = prepare(args)
             if osp.isdir(cfg.work_dir):
-                stack.enter_context(lock_of_training(cfg))
+                stack.enter_context(launch.lock_of_training(cfg))
             choose_start(cfg, args.resume)
             # An empty val_cfg validates, too.
             splits = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
-            check_data(cfg, splits)
+            launch.check_data(cfg, splits)
             # Neither a mistake nor a check makes a folder.
             if not args.check:
-                stack.enter_context(lock_of_training(cfg))
+                stack.enter_context(launch.lock_of_training(cfg))
         if args.check:
             return
-        stack.enter_context(final_mistakes())
-        stack.enter_context(closing_group())
-        stack.enter_context(naming_data())
-        runner = build_runner(cfg)
+        stack.enter_context(launch.final_mistakes())
+        stack.enter_context(launch.closing_group())
+        stack.enter_context(launch.naming_data())
+        runner = launch.build_runner(cfg)
         for hook in checkpoint_hooks(runner):
             # load_from may be the configuration's own, or another found since.
             hook.start_is_chosen = args.resume is not None

@@ -24,13 +24,7 @@ runtime_hooks = [
     dict(type='ExactResumeHook'),
     # SIGTERM and SIGUSR1 save a checkpoint and stop, for clusters that preempt.
     dict(type='PreemptionHook'),
-    # Of several processes that test, one writes the metrics.
-    dict(type='OneMetricsFileHook'),
-    # Curves for TensorBoard, where it is installed.
-    dict(type='TensorBoardHook'),
-    # A log that cannot be written, as on a full disk, does not end the run.
-    dict(type='SafeLogHook'),
-    # What the training has come to, at its end.
+    # A summary and the curves of a training, at its end.
     dict(type='SummaryHook'),
 ]
 custom_hooks = [*runtime_hooks]
@@ -39,4 +33,6 @@ custom_hooks = [*runtime_hooks]
 runtime_default_hooks = dict(
     # Kills and full disks leave whole checkpoints.
     checkpoint=dict(type='SafeCheckpointHook'),
+    # The first of several processes that test writes the metrics.
+    logger=dict(type='MainProcessLoggerHook'),
 )

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import util
-from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -20,7 +19,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from ..apis import switch_to_deploy
-from ..files import check_output, write_file
+from ..checkpoint import check_output, write_file
 from .systems import SYSTEMS, ExportError, Graph, backbone
 
 __all__ = ['FORMATS', 'OPSETS', 'Exported', 'check_request', 'export', 'write']
@@ -30,82 +29,80 @@ INPUT = 'images'
 OPSETS = range(13, 18)
 
 
-def _make_onnx(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
-    import onnx
+class OnnxFormat:
+    """ONNX, with any batch and size from 32 pixels on."""
 
-    axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **graph.outputs}
-    for name, one in axes.items():
-        axes[name] = {i: axis for i, axis in one.items() if isinstance(axis, str)}
-    # The exporter upon TorchScript is the one that both stacks have; the newer one
-    # cannot leave the size open in torch 2.2.
-    newer = 'dynamo' in inspect.signature(torch.onnx.export).parameters
-    stream = io.BytesIO()
-    torch.onnx.export(
-        graph,
-        (example,),
-        stream,
-        input_names=[INPUT],
-        output_names=list(graph.outputs),
-        opset_version=opset,
-        dynamic_axes=axes,
-        **(dict(dynamo=False) if newer else {}),
-    )
-    proto = onnx.load_from_string(stream.getvalue())
-    for output in proto.graph.output:
-        for i, length in graph.outputs[output.name].items():
-            if isinstance(length, int):
-                output.type.tensor_type.shape.dim[i].dim_value = length
-    onnx.helper.set_model_props(proto, properties)
-    onnx.checker.check_model(proto)
-    return proto.SerializeToString()
+    suffix, smallest, packages = '.onnx', 32, ('onnx', 'onnxruntime')
 
+    @staticmethod
+    def make(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
+        """Return the content of a file."""
+        import onnx
 
-def _open_onnx(content: bytes) -> Callable:
-    import onnxruntime
+        axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **graph.outputs}
+        for name, one in axes.items():
+            axes[name] = {i: axis for i, axis in one.items() if isinstance(axis, str)}
+        # The exporter upon TorchScript is the one that both stacks have; the newer one
+        # cannot leave the size open in torch 2.2.
+        newer = 'dynamo' in inspect.signature(torch.onnx.export).parameters
+        stream = io.BytesIO()
+        torch.onnx.export(
+            graph,
+            (example,),
+            stream,
+            input_names=[INPUT],
+            output_names=list(graph.outputs),
+            opset_version=opset,
+            dynamic_axes=axes,
+            **(dict(dynamo=False) if newer else {}),
+        )
+        proto = onnx.load_from_string(stream.getvalue())
+        for output in proto.graph.output:
+            for i, length in graph.outputs[output.name].items():
+                if isinstance(length, int):
+                    output.type.tensor_type.shape.dim[i].dim_value = length
+        onnx.helper.set_model_props(proto, properties)
+        onnx.checker.check_model(proto)
+        return proto.SerializeToString()
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        content, options, providers=['CPUExecutionProvider']
-    )
-    return lambda images: session.run(None, {INPUT: images.numpy()})
+    @staticmethod
+    def open(content: bytes) -> Callable:
+        """Return a function of images that runs a file."""
+        import onnxruntime
 
-
-def _make_torch(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
-    dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
-        graph, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
-    )
-    stream = io.BytesIO()
-    extra = {'metadata.json': json.dumps(properties)}
-    torch.export.save(program, stream, extra_files=extra)
-    return stream.getvalue()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        on_cpu = ['CPUExecutionProvider']
+        session = onnxruntime.InferenceSession(content, options, providers=on_cpu)
+        return lambda images: session.run(None, {INPUT: images.numpy()})
 
 
-def _open_torch(content: bytes) -> Callable:
-    module = torch.export.load(io.BytesIO(content)).module()
-    return lambda images: [output.numpy() for output in module(images)]
+class TorchFormat:
+    """``torch.export``, with any batch, and sides above the largest stride, 128.
 
-
-class Format(NamedTuple):
-    """How files are called, made of a graph, and opened as a function of images.
-
-    ``smallest`` is the fewest pixels of a side to trace and to compare at.
+    It takes a map of one position for one that always has one.
     """
 
-    suffix: str
-    smallest: int
-    packages: tuple[str, ...]
-    make: Callable[[Graph, Tensor, dict, int], bytes]
-    open: Callable[[bytes], Callable]
+    suffix, smallest, packages = '.pt2', 129, ()
+
+    @staticmethod
+    def make(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
+        """Return the content of a file."""
+        axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        program = torch.export.export(graph, (example,), dynamic_shapes=(axes,))
+        stream = io.BytesIO()
+        extra = {'metadata.json': json.dumps(properties)}
+        torch.export.save(program, stream, extra_files=extra)
+        return stream.getvalue()
+
+    @staticmethod
+    def open(content: bytes) -> Callable:
+        """Return a function of images that runs a file."""
+        module = torch.export.load(io.BytesIO(content)).module()
+        return lambda images: [output.numpy() for output in module(images)]
 
 
-FORMATS = dict(
-    onnx=Format('.onnx', 32, ('onnx', 'onnxruntime'), _make_onnx, _open_onnx),
-    # torch.export takes a map of one position for one that always has one; the largest
-    # stride is 128.
-    torch=Format('.pt2', 129, (), _make_torch, _open_torch),
-)
+FORMATS = dict(onnx=OnnxFormat, torch=TorchFormat)
 
 
 @dataclass(repr=False)
@@ -118,8 +115,7 @@ class Exported:
     shape: tuple[int, int]
     differences: dict[str, float] | None = None
     detections: int = 0
-    # Detections that mmdet does not have: of boxes whose scores only rounding tells
-    # apart, it has kept another.
+    # Those that mmdet lacks, having kept another box whose score rounds to the same.
     rounded: int = 0
 
 
@@ -133,8 +129,7 @@ def check_request(
 ) -> None:
     """Check what can be checked before a model is built.
 
-    For arguments and errors see :func:`export` and :func:`write`; without a path, none
-    is checked.
+    For arguments and errors see :func:`export` and :func:`write`; a path is optional.
     """
     for name, value, allowed in (
         ('part', part, ('model', 'backbone')),
@@ -143,7 +138,7 @@ def check_request(
     ):
         if value not in allowed:
             raise ValueError(f'{name} must be one of {allowed}, but got {value!r}')
-    suffix, _, packages, *_ = FORMATS[form]
+    suffix = FORMATS[form].suffix
     if path is not None and not str(path).endswith(suffix):
         raise ValueError(
             f'the file of format {form!r} must end with {suffix!r}, but got {path!r}'
@@ -153,8 +148,9 @@ def check_request(
             "format 'torch' needs torch 2.6 or newer: torch.export of torch "
             f"{torch.__version__} fixes batch and size; format 'onnx' does not"
         )
-    missing = ' and '.join(name for name in packages if util.find_spec(name) is None)
+    missing = [n for n in FORMATS[form].packages if util.find_spec(n) is None]
     if missing:
+        missing = ' and '.join(missing)
         raise ImportError(f"{missing} missing: pip install 'convmlp_mm[deploy]'")
     # Configurations that import have the class itself.
     kind = getattr(cfg.model.type, '__name__', cfg.model.type).rpartition('.')[2]
@@ -194,8 +190,7 @@ def export(
     the functions in :mod:`convmlp_mm.export.systems`.
 
     Args:
-        model: A model of :func:`convmlp_mm.apis.get_model`, on the CPU; it is not
-            changed.
+        model: Of :func:`convmlp_mm.apis.get_model`, on the CPU; it is not changed.
         shape: Height and width in pixels to trace and to compare at.
         part: ``'model'`` or ``'backbone'``.
         form: One of ``FORMATS``.
@@ -207,16 +202,15 @@ def export(
         ImportError: If a package is missing, or torch is too old.
     """
     check_request(model.cfg, None, part, form, opset)
-    smallest = FORMATS[form].smallest
-    if min(shape) < smallest:
+    chosen, kind = FORMATS[form], type(model).__name__
+    if min(shape) < chosen.smallest:
         raise ValueError(
-            f'the shape must be at least {smallest} {smallest} for format {form!r}, '
-            f'but got {shape[0]} {shape[1]}'
+            f'the shape must be at least {chosen.smallest} {chosen.smallest} for '
+            f'format {form!r}, but got {shape[0]} {shape[1]}'
         )
     deployed = copy.deepcopy(model)
     switch_to_deploy(deployed)
     deployed.requires_grad_(False)
-    kind = type(model).__name__
     graph = (backbone if part == 'backbone' else SYSTEMS[kind])(deployed).eval()
     properties = dict(
         model=kind,
@@ -239,8 +233,8 @@ def export(
     with refusal, warnings.catch_warnings(), torch.no_grad():
         # They are about shapes that Python compares; verify() tells if they matter.
         warnings.simplefilter('ignore')
-        content = FORMATS[form].make(graph, example, properties, opset)
-        run = FORMATS[form].open(content)
+        content = chosen.make(graph, example, properties, opset)
+        run = chosen.open(content)
     return Exported(content, run, graph, shape)
 
 

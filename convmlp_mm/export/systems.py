@@ -8,6 +8,7 @@ images and no branch on values, so that batch and size of the images stay open.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-__all__ = ['NO_LABEL', 'SYSTEMS', 'ExportError', 'Graph']
+__all__ = ['NO_LABEL', 'SYSTEMS', 'ExportError', 'Graph', 'backbone']
 
 # The label of the places in a list of detections that no detection takes.
 NO_LABEL = -1
@@ -65,16 +66,15 @@ class Graph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map pixels (N, 3, H, W), from 0 to 255, to the outputs."""
-        height, width = images.shape[2:]
-        padded, more = (images - self.mean) / self.std, self.divisor
+        size, more = images.shape[2:], self.divisor
+        images = (images - self.mean) / self.std
         if more > 1:
             # A padding that may be 0 would split the graph in two, so it pads by more
             # than needed and cuts.
-            padded = F.pad(padded, (0, more, 0, more), value=float(self.pad_value))
-            rows = (height + more - 1) // more * more
-            columns = (width + more - 1) // more * more
-            padded = padded[:, :, :rows, :columns]
-        return self.compute(self.model, padded, (height, width))
+            images = F.pad(images, (0, more, 0, more), value=float(self.pad_value))
+            rows, columns = ((side + more - 1) // more * more for side in size)
+            images = images[:, :, :rows, :columns]
+        return self.compute(self.model, images, size)
 
 
 def _require(name: str, value: object, allowed: object, fits: bool = False) -> None:
@@ -119,39 +119,32 @@ def segmentor(model: BaseModel) -> Graph:
 
     It gives ``labels`` (N, H, W), int64, and ``logits`` (N, classes, H, W).
     """
+    from mmseg.models.utils import Upsample
 
     def compute(model, images, size):
-        logits = F.interpolate(
-            model(images, mode='tensor'),
-            size=images.shape[2:],
-            mode='bilinear',
-            align_corners=model.align_corners,
-        )
+        settings = dict(mode='bilinear', align_corners=model.align_corners)
+        logits = model(images, mode='tensor')
+        logits = F.interpolate(logits, size=images.shape[2:], **settings)
         logits = logits[:, :, : size[0], : size[1]]
         return logits.argmax(dim=1), logits
 
     _require('test_cfg.mode', model.test_cfg.get('mode', 'whole'), 'whole')
     channels = model.out_channels
     _require('decode_head.out_channels', channels, 'above 1', channels > 1)
-    _free_upsampling(model)
-    outputs = dict(
-        labels={0: 'batch', 1: 'height', 2: 'width'},
-        logits={0: 'batch', 2: 'height', 3: 'width'},
-    )
-    return Graph(model, compute, outputs)
+    for module in model.modules():
+        if isinstance(module, Upsample) and not module.size:
+            _free_size(module)
+    labels = {0: 'batch', 1: 'height', 2: 'width'}
+    logits = {0: 'batch', 2: 'height', 3: 'width'}
+    return Graph(model, compute, dict(labels=labels, logits=logits))
 
 
-def _free_upsampling(model: nn.Module) -> None:
-    """Replace mmseg's ``Upsample``, whose ``int(side * factor)`` fixes the size."""
-    from mmseg.models.utils import Upsample
-
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if not isinstance(child, Upsample) or child.size:
-                continue
-            if float(child.scale_factor).is_integer():
-                settings = (None, child.scale_factor, child.mode, child.align_corners)
-                setattr(parent, name, nn.Upsample(*settings))
+def _free_size(upsample: nn.Module) -> None:
+    """Replace ``int(side * factor)``, which fixes the size, where they are the same."""
+    factor = upsample.scale_factor
+    if float(factor).is_integer():
+        settings = dict(mode=upsample.mode, align_corners=upsample.align_corners)
+        upsample.forward = partial(F.interpolate, scale_factor=factor, **settings)
 
 
 def retinanet(model: BaseModel) -> Graph:
@@ -190,10 +183,9 @@ def _detect(
         x = boxes[..., 0::2].clamp(min=0, max=size[1])
         y = boxes[..., 1::2].clamp(min=0, max=size[0])
         boxes = torch.stack([x, y], dim=-1).flatten(-2)
-    valid = scores > cfg.get('score_thr', 0)
-    if cfg.get('min_bbox_size', -1) >= 0:
-        sides = boxes[..., 2:] - boxes[..., :2]
-        valid = valid & (sides > cfg.min_bbox_size).all(dim=-1)
+    sides = boxes[..., 2:] - boxes[..., :2]
+    valid = (sides > cfg.get('min_bbox_size', -1)).all(dim=-1)
+    valid = valid & (scores > cfg.get('score_thr', 0))
     scores = _suppress(cfg.nms, boxes, scores, labels, valid)
     scores, order = scores.topk(min(cfg.max_per_img, scores.shape[1]), dim=1)
     found = scores > 0

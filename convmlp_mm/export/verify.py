@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from importlib import import_module
 from operator import attrgetter
 
 import cv2
@@ -12,9 +11,11 @@ import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
 from PIL import Image, ImageOps
 from torchvision.ops import box_iou
 
+from ..toolkits import toolkit_of
 from .formats import Exported, refusing
 from .systems import NO_LABEL, ExportError
 
@@ -32,11 +33,11 @@ def verify(
     """Compare a file with the toolkit's ``test_step``, whose BN is not folded.
 
     It is run at its shape on each image, at another size, and on two images. Then
-    ``exported.differences`` has the largest ``|exported - PyTorch|`` of each output, or
-    that divided by ``|PyTorch|`` where this is above 1. For labels of pixels it is how
-    far the logit of the exported class lies below the highest one. Detectors have
-    ``detections``, how far boxes (relative to their farthest edge) and scores are from
-    mmdet's candidates, and ``selection``, how many are missing or must not be there.
+    ``exported.differences`` has the largest difference of each output, divided by
+    ``|PyTorch|`` where this is above 1. For labels of pixels it is how far the logit of
+    the exported class lies below the highest one. Detectors have ``detections``, how
+    far boxes (relative to their farthest edge) and scores are from mmdet's candidates,
+    and ``selection``, how many are missing or must not be there.
 
     Args:
         exported: What :func:`export` has made.
@@ -84,38 +85,24 @@ def draw_images(number: int, shape: tuple[int, int], seed: int = 0) -> list[np.n
     return [cv2.resize(n, shape[::-1], interpolation=cv2.INTER_CUBIC) for n in spots]
 
 
-# By toolkit, the class of its samples, and by output the name of what they hold of it
-# (mmdet: in pred_instances).
-SAMPLES = dict(
-    mmpretrain=('DataSample', dict(scores='pred_score')),
-    mmseg=('SegDataSample', dict(logits='seg_logits.data')),
-    mmdet=('DetDataSample', dict(boxes='bboxes', scores='scores', labels='labels')),
-)
-
-
-def _read_result(model: BaseModel, result: object) -> Arrays:
-    names = SAMPLES[model.cfg.default_scope][1]
-    return {k: attrgetter(name)(result).numpy() for k, name in names.items()}
-
-
 def _to_data(model: BaseModel, batch: np.ndarray) -> dict:
     """Return what a test pipeline of the toolkit hands to ``test_step``."""
-    scope = model.cfg.default_scope
-    sample = getattr(import_module(f'{scope}.structures'), SAMPLES[scope][0])
-    size = batch.shape[1:3]
+    sample, size = toolkit_of(model.cfg.default_scope).sample_class(), batch.shape[1:3]
     meta = dict(ori_shape=size, img_shape=size, scale_factor=(1.0, 1.0))
     samples = [sample(metainfo=dict(meta)) for _ in batch]
-    return dict(
-        inputs=list(torch.from_numpy(batch).permute(0, 3, 1, 2)), data_samples=samples
-    )
+    pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)
+    return dict(inputs=list(pixels), data_samples=samples)
+
+
+def _read_result(model: BaseModel, sample: BaseDataElement) -> Arrays:
+    results = toolkit_of(model.cfg.default_scope).results
+    return {name: attrgetter(path)(sample).numpy() for name, path in results.items()}
 
 
 @torch.no_grad()
 def toolkit_results(model: BaseModel, batch: np.ndarray) -> list[Arrays]:
     """Return what the toolkit computes of each image, by names of outputs."""
-    samples = model.test_step(_to_data(model, batch))
-    results = [getattr(sample, 'pred_instances', sample) for sample in samples]
-    return [_read_result(model, result) for result in results]
+    return [_read_result(model, s) for s in model.test_step(_to_data(model, batch))]
 
 
 @torch.no_grad()
@@ -130,20 +117,20 @@ def _compare_arrays(model: BaseModel, batch: np.ndarray, found: Arrays) -> dict:
         expected = {k: np.stack([one[k] for one in results]) for k in results[0]}
     if 'labels' in found:
         expected['labels'] = expected['logits'].max(axis=1)
+    differences = {}
     for name, values in expected.items():
-        if found[name].shape != values.shape:
+        mine = found[name]
+        if mine.shape != values.shape:
             raise ExportError(
-                f'output {name!r} has shape {found[name].shape}, but {values.shape} '
-                'in PyTorch'
+                f'output {name!r} has shape {mine.shape}, but {values.shape} in PyTorch'
             )
-    if 'labels' in found:
-        # Of two classes whose logits are equal but for rounding, either is right.
-        labels, logits = found['labels'][:, None], expected['logits']
-        found = dict(found, labels=np.take_along_axis(logits, labels, axis=1)[:, 0])
-    return {
-        name: float((np.abs(found[name] - v) / np.maximum(1, np.abs(v))).max())
-        for name, v in expected.items()
-    }
+        if name == 'labels':
+            # Of two classes whose logits are equal but for rounding, either is right.
+            chosen = np.take_along_axis(expected['logits'], mine[:, None], axis=1)
+            mine = chosen[:, 0]
+        relative = np.abs(mine - values) / np.maximum(1, np.abs(values))
+        differences[name] = float(relative.max())
+    return differences
 
 
 def _compare_detections(
@@ -179,10 +166,10 @@ def _candidates(model: BaseModel, batch: np.ndarray) -> Arrays:
     data = model.data_preprocessor(_to_data(model, batch), False)
     (sample,) = data['data_samples']
     maps = head(model.extract_feat(data['inputs']))
-    (instances,) = head.predict_by_feat(
+    (sample.pred_instances,) = head.predict_by_feat(
         *maps, batch_img_metas=[sample.metainfo], cfg=cfg, with_nms=False
     )
-    return _read_result(model, instances)
+    return _read_result(model, sample)
 
 
 def _differences(first: Arrays, second: Arrays) -> np.ndarray:

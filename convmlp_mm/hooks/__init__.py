@@ -1,17 +1,17 @@
 """What mmengine's Runner lacks: hooks that a configuration lists and can drop."""
 
 from .agreement import AgreementHook
-from .checkpoint import SafeCheckpointHook
+from .checkpoint import SafeCheckpointHook, find_latest_checkpoint
 from .data import CheckDataHook
-from .distributed import OneMetricsFileHook, SyncStatisticsHook
-from .exact_resume import ExactResumeHook
-from .finite_loss import FiniteLossHook
-from .latest import find_latest_checkpoint
-from .mixed_precision import BFloat16OptimWrapper
-from .model import ChannelsLastHook, CheckWeightsHook, CompileBackboneHook
-from .preemption import PreemptionHook
-from .summary import SummaryHook
-from .tracking import SafeLogHook, TensorBoardHook
+from .model import (
+    BFloat16OptimWrapper,
+    ChannelsLastHook,
+    CheckWeightsHook,
+    CompileBackboneHook,
+)
+from .resume import ExactResumeHook
+from .statistics import MainProcessLoggerHook, SummaryHook, SyncStatisticsHook
+from .stop import FiniteLossHook, PreemptionHook
 
 __all__ = [
     'AgreementHook',
@@ -22,12 +22,10 @@ __all__ = [
     'CompileBackboneHook',
     'ExactResumeHook',
     'FiniteLossHook',
-    'OneMetricsFileHook',
+    'MainProcessLoggerHook',
     'PreemptionHook',
     'SafeCheckpointHook',
-    'SafeLogHook',
     'SummaryHook',
     'SyncStatisticsHook',
-    'TensorBoardHook',
     'find_latest_checkpoint',
 ]

@@ -6,16 +6,16 @@ Each function says what mmengine offers no public way for. When the engine moves
 
 from __future__ import annotations
 
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.hooks import CheckpointHook
+from mmengine.runner import BaseLoop, Runner
 
 __all__ = [
     'accumulative_counts',
-    'decide_val_interval',
-    'endless_iterator',
     'is_loaded',
     'is_resumed',
     'is_training',
     'load_from',
+    'save_now',
     'set_start',
     'train_loader_settings',
 ]
@@ -62,21 +62,7 @@ def accumulative_counts(runner: Runner) -> int:
     return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
 
 
-def decide_val_interval(loop: BaseLoop) -> None:
-    """Let a loop look up the interval of validation that holds now.
-
-    It does so by itself only before an epoch or iteration.
-    """
-    loop._decide_current_val_interval()
-
-
-def endless_iterator(loop: IterBasedTrainLoop, passes: int) -> object:
-    """Make a new iterator of an iteration-based loop over its loader.
-
-    Args:
-        loop (IterBasedTrainLoop): The loop.
-        passes (int): How often the loader has ended before, which seeds its sampler.
-    """
-    iterator = type(loop.dataloader_iterator)(loop.dataloader)
-    iterator._epoch = passes
-    return iterator
+def save_now(hook: CheckpointHook, runner: Runner, epoch: int, iteration: int) -> None:
+    """Let a CheckpointHook save the iteration at a moment that it would not choose."""
+    meta = dict(epoch=epoch, iter=iteration)
+    hook._save_checkpoint_with_step(runner, iteration, meta=meta)

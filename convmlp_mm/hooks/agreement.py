@@ -41,21 +41,11 @@ class AgreementHook(Hook):
     """
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note what the states in the checkpoint do not say.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): Its ``meta`` gets the keys ``'step_size'``,
-                ``'training_samples'`` and ``'recipe_types'``.
-        """
+        """Note in ``meta`` what the states in the checkpoint do not say."""
         checkpoint['meta'].update(_note(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare a checkpoint that is resumed with the configuration.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What the file holds.
 
         Raises:
             ValueError: If they differ.
@@ -63,16 +53,15 @@ class AgreementHook(Hook):
         if not is_resumed(runner):
             return
         meta, note = checkpoint.get('meta') or {}, _note(runner)
+        samples = ({k: d[k] for k in (SAMPLES,) if k in d} for d in (meta, note))
         changes = {
             'steps of another size': _changes(meta.get(STEPS), note[STEPS]),
-            'a training set of another length': _changes(
-                {k: meta[k] for k in (SAMPLES,) if k in meta}, {SAMPLES: note[SAMPLES]}
-            ),
+            'a training set of another length': _changes(*samples),
         }
         ends = []
         if 'optimizer' in checkpoint:
-            states = [scheduler.state_dict() for scheduler in _schedulers(runner)]
-            saved = checkpoint.get('param_schedulers')
+            saved = _listed(checkpoint.get('param_schedulers'))
+            states = [s.state_dict() for s in _listed(runner.param_schedulers)]
             before = _recipe(checkpoint['optimizer'], saved)
             now = _recipe(runner.optim_wrapper.state_dict(), states)
             recipe = _changes(meta.get(TYPES), note[TYPES]) + _changes(before, now)
@@ -97,9 +86,6 @@ class AgreementHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Compare the processes, and let early stopping count on.
 
-        Args:
-            runner (Runner): The runner.
-
         Raises:
             RuntimeError: If the processes disagree.
         """
@@ -117,21 +103,15 @@ class AgreementHook(Hook):
 def steps_of(runner: Runner) -> dict[str, int]:
     """Return what the size of an optimizer step follows from.
 
-    Args:
-        runner (Runner): While it trains.
-
     Returns:
         dict[str, int]: Number of processes, samples in the batch of each, and batches
         that are accumulated.
     """
     loader = runner.train_dataloader
-    sizes = (loader, loader.batch_sampler)
-    batch_size = next(
-        (s.batch_size for s in sizes if getattr(s, 'batch_size', None)), 1
-    )
+    sizes = (getattr(s, 'batch_size', None) for s in (loader, loader.batch_sampler))
     return dict(
         processes=get_world_size(),
-        batch_size=batch_size,
+        batch_size=next(filter(None, sizes), 1),
         accumulative_counts=accumulative_counts(runner),
     )
 
@@ -143,24 +123,25 @@ def _note(runner: Runner) -> dict[str, object]:
     dataset = runner.train_dataloader.dataset
     types = dict(
         optimizer=[type(getattr(w, 'optimizer', w)).__name__ for w in wrappers],
-        param_scheduler=[type(scheduler).__name__ for scheduler in _schedulers(runner)],
+        param_scheduler=[type(s).__name__ for s in _listed(runner.param_schedulers)],
     )
     samples = len(dataset) if hasattr(dataset, '__len__') else None
     return {STEPS: steps_of(runner), SAMPLES: samples, TYPES: types}
 
 
 def _compare_processes(runner: Runner) -> None:
-    places = all_gather_object((runner.epoch, runner.iter, _checksum(runner.model)))
+    place = (
+        f'epoch {runner.epoch}, iteration {runner.iter}, '
+        f'weights {_checksum(runner.model):08x}'
+    )
     ranks = defaultdict(list)
-    for rank, place in enumerate(places):
-        ranks[place].append(rank)
+    for rank, other in enumerate(all_gather_object(place)):
+        ranks[other].append(str(rank))
     if len(ranks) == 1:
         return
     found = '; '.join(
-        f'{"ranks" if len(members) > 1 else "rank"} '
-        f'{", ".join(map(str, members))}: epoch {epoch}, iteration {iteration}, '
-        f'weights {checksum:08x}'
-        for (epoch, iteration, checksum), members in ranks.items()
+        f'rank{"s" * (len(members) > 1)} {", ".join(members)}: {other}'
+        for other, members in ranks.items()
     )
     raise RuntimeError(
         f'the processes do not start from the same checkpoint ({found}): let all '
@@ -183,11 +164,7 @@ def _listed(schedulers: list | dict | None) -> list:
     return [scheduler for group in groups for scheduler in group]
 
 
-def _schedulers(runner: Runner) -> list:
-    return _listed(runner.param_schedulers)
-
-
-def _recipe(optimizer: dict, schedulers: list | dict | None) -> dict[str, object]:
+def _recipe(optimizer: dict, schedulers: list) -> dict[str, object]:
     """Take out of states what the configuration has said."""
     parts = {'': optimizer} if 'param_groups' in optimizer else optimizer
     recipe = {}
@@ -203,7 +180,7 @@ def _recipe(optimizer: dict, schedulers: list | dict | None) -> dict[str, object
             else:
                 values = [g.get(f'initial_{key}', g.get(key)) for g in groups]
             recipe[f'{name} {key}'.strip()] = values
-    for i, state in enumerate(_listed(schedulers)):
+    for i, state in enumerate(schedulers):
         for key, value in state.items():
             if not key.startswith('_') and key not in PROGRESS and not callable(value):
                 recipe[f'param_scheduler.{i}.{key}'] = value

@@ -1,29 +1,38 @@
-"""Hooks that change or check the model before it runs."""
+"""What changes or checks the model before it runs, and bfloat16 on a CPU."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
-from mmengine.registry import HOOKS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
+from mmengine.runner.amp import autocast
 from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint_io import CheckpointError, check_content
+from ..checkpoint import (
+    CheckpointError,
+    check_content,
+    check_tensors,
+    fit_checkpoint,
+    without_module,
+)
 from ..convmlp import ConvMLP
-from ..layouts import without_module
-from ..weights import check_tensors, fit_checkpoint
 from ._mmengine import is_resumed, is_training, load_from
-from .latest import check_resumable, named_checkpoint
-from .saving import keep_own_files
+from .checkpoint import check_resumable, keep_own_files, named_checkpoint
 
 __all__ = [
+    'BFloat16OptimWrapper',
     'ChannelsLastHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
+    'has_bfloat16',
     'needs_contiguous',
     'operator_of_mmcv',
     'unwrap_model',
@@ -42,11 +51,11 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 class CheckWeightsHook(Hook):
     """Check the checkpoints of a run, and take published files as they are.
 
-    The Runner loads a checkpoint as far as names and shapes match and warns
-    about the rest. With this hook a backbone that is not all there stops the
-    run, and a published classifier gets the names of the model. Training may
-    start without neck and head; testing may not. Of models without ConvMLP only the
-    values are checked, but a run is resumed from its own model only, whatever that is.
+    The Runner loads a checkpoint as far as names and shapes match and warns about the
+    rest. With this hook a backbone that is not all there stops the run, and a published
+    classifier gets the names of the model. Training may start without neck and head;
+    testing may not. Of models without ConvMLP only the values are checked, but a run is
+    resumed from its own model only, whatever that is.
 
     Nothing in a checkpoint is acted upon: the configuration that toolkits up to 2021
     noted there, which the Runner would execute, is dropped, and so are the names of
@@ -59,12 +68,8 @@ class CheckWeightsHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Change the checkpoint in place.
 
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): What the file holds.
-
         Raises:
-            ValueError: See :func:`convmlp_mm.weights.fit_checkpoint`, and if a run
+            ValueError: See :func:`convmlp_mm.checkpoint.fit_checkpoint`, and if a run
                 cannot be resumed from it.
         """
         # mmengine, too, takes what is noted in the work dir if nothing is named.
@@ -74,7 +79,19 @@ class CheckWeightsHook(Hook):
         if (checkpoint.get('meta') or {}).pop('config', None) is not None:
             print_log(f'meta.config of {name} is not read.', logger='current')
         if is_resumed(runner):
-            self._check_resumed(runner, model, checkpoint, name)
+            try:
+                check_resumable(checkpoint)
+            except ValueError as error:
+                message = f'checkpoint {name!r} cannot be resumed: {error}'
+                raise CheckpointError(message) from error
+            # EMAHook has saved the average as the one, and the model as the other.
+            for key in ('state_dict', 'ema_state_dict'):
+                # Without the count of EMAHook.
+                weights = dict(checkpoint.get(key) or {}, steps=None)
+                del weights['steps']
+                if key in checkpoint:
+                    fit_checkpoint(model, dict(state_dict=weights), name, exact=True)
+            keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
             return
         if not isinstance(getattr(model, 'backbone', None), ConvMLP):
             check_tensors(without_module(checkpoint), name)
@@ -87,24 +104,6 @@ class CheckWeightsHook(Hook):
         checkpoint['state_dict'] = state_dict
         # EMAHook has saved the average as state_dict, and takes it from there.
         checkpoint.pop('ema_state_dict', None)
-
-    def _check_resumed(
-        self, runner: Runner, model: nn.Module, checkpoint: dict, name: str
-    ) -> None:
-        try:
-            check_resumable(checkpoint)
-        except ValueError as error:
-            raise CheckpointError(
-                f'checkpoint {name!r} cannot be resumed: {error}'
-            ) from error
-        # EMAHook has saved the average as the one, and the model as the other.
-        for key in ('state_dict', 'ema_state_dict'):
-            if key in checkpoint:
-                state_dict = {**(checkpoint[key] or {})}
-                # The count of EMAHook.
-                state_dict.pop('steps', None)
-                fit_checkpoint(model, dict(state_dict=state_dict), name, exact=True)
-        keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
 
 
 # What computes the same values from channels-last maps as from contiguous ones, which
@@ -137,14 +136,11 @@ def needs_contiguous(model: nn.Module) -> str | None:
     Returns:
         str | None: The class, or None if every part takes any layout.
     """
-    parts = [model]
-    for name, child in model.named_children():
-        if name not in ('data_preprocessor', 'backbone'):
-            parts.append(child)
-    for part in parts:
+    parts = {'': model, **dict(model.named_children())}
+    for name, part in parts.items():
         package = type(part).__module__.partition('.')[0]
         kind = f'{package}.{type(part).__name__}'
-        if kind not in ANY_LAYOUT:
+        if name not in ('data_preprocessor', 'backbone') and kind not in ANY_LAYOUT:
             return kind
     if OLD_TORCH and any(isinstance(m, nn.GroupNorm) for m in model.modules()):
         return 'torch.GroupNorm'
@@ -152,13 +148,9 @@ def needs_contiguous(model: nn.Module) -> str | None:
 
 
 def operator_of_mmcv(model: nn.Module) -> str | None:
-    """Name the first of mmcv's operators in a model; they take contiguous maps only.
+    """Name the first of mmcv's operators in a model, such as ``'mmcv.RoIAlign'``.
 
-    Args:
-        model (nn.Module): Any model.
-
-    Returns:
-        str | None: The class, such as ``'mmcv.RoIAlign'``, or None.
+    They take contiguous maps only. None stands for a model without any.
     """
     for module in model.modules():
         if type(module).__module__.startswith('mmcv.ops'):
@@ -171,8 +163,8 @@ def use_channels_last(model: nn.Module) -> bool:
 
     The images come to the backbone in that layout, so that its maps have it, and the
     weights of neck and head get it. The logits of mmseg's heads leave it in training:
-    the loss wants one map for each class, and would else copy them after they have
-    been enlarged to the size of the image, sixteen times as large.
+    the loss wants one map for each class, and would else copy them when they have been
+    enlarged to the size of the image, sixteen times as large.
 
     Args:
         model (nn.Module): It is changed, unless its backbone is another or
@@ -206,30 +198,19 @@ def _logits_for_loss(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor
 class ChannelsLastHook(Hook):
     """Let neck and head work in the layout that the backbone computes in.
 
-    A convolution of channels-last maps answers in channels-last, but has to bring
-    contiguous weights into that layout again in every forward, and its gradients
-    into that of the weights: 2.4 MB for each use of a 3x3 convolution of 256
-    channels, which the head of RetinaNet makes 40 times.
+    A convolution of channels-last maps would bring contiguous weights into that layout
+    in every forward, and their gradients back: 2.4 MB for each use of a 3x3 convolution
+    of 256 channels, which the head of RetinaNet makes 40 times.
 
-    Only necks and heads that have been shown to compute the same are changed (see
-    :func:`needs_contiguous`); all others get contiguous maps from the backbone, as if
-    the hook were not there.
+    Necks and heads that have not been shown to compute the same (see
+    :func:`needs_contiguous`) get contiguous maps, as without the hook.
     """
 
     # Before EMAHook copies the model.
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
-        """Change the layout of the model's weights in place.
-
-        DDP has made its buckets by then, with the strides of the old layout, and
-        would give wrong gradients of every changed weight: in the first step, and
-        with ``find_unused_parameters`` in all. It is therefore made again, around
-        the same parameters.
-
-        Args:
-            runner (Runner): The runner.
-        """
+        """Change the layout of the model's weights in place."""
         model = runner.model
         inner = unwrap_model(model)
         if not isinstance(getattr(inner, 'backbone', None), ConvMLP):
@@ -240,41 +221,28 @@ class ChannelsLastHook(Hook):
                 f'{part} gets contiguous maps: it has not been shown to compute the '
                 'same from channels-last ones.'
             )
-        elif not is_model_wrapper(model):
-            use_channels_last(inner)
-        elif isinstance(model, DistributedDataParallel):
-            layouts = [p.stride() for p in inner.parameters()]
-            use_channels_last(inner)
-            # The loops of a runner call this hook once each.
-            if layouts != [p.stride() for p in inner.parameters()]:
-                runner.model = runner.wrap_model(
-                    runner.cfg.get('model_wrapper_cfg'), model.module
-                )
-
-
-def _inductor_options() -> dict:
-    """Return what torch 2.14 needs where outputs are views of unknown size.
-
-    Channels-last maps are; it fails to sort their strides in training.
-    """
-    from torch._inductor import config
-
-    name = 'strict_output_strides'
-    return {name: True} if hasattr(config, name) else {}
+            return
+        layouts = [p.stride() for p in inner.parameters()]
+        use_channels_last(inner)
+        # DDP has made its buckets with the strides of the old layout, and would give
+        # wrong gradients of every changed weight: in the first step, and with
+        # find_unused_parameters in all. It is made again, around the same parameters;
+        # but once, though each loop of a runner calls this hook.
+        changed = layouts != [p.stride() for p in inner.parameters()]
+        if changed and isinstance(model, DistributedDataParallel):
+            wrapper = runner.cfg.get('model_wrapper_cfg')
+            runner.model = runner.wrap_model(wrapper, model.module)
 
 
 @HOOKS.register_module()
 class CompileBackboneHook(Hook):
     """Compile the backbone where the configuration says ``compile``.
 
-    The key is mmengine's, which compiles ``train_step`` as a whole: of a detector
-    that is dozens of graphs, which are compiled again with each number of objects
-    until the compiler gives up, and nothing in a test. With this hook it is one
-    graph, of the backbone alone, in training and in testing. ``compile`` is True or
-    the arguments of ``torch.compile``.
-
-    The second size of images is compiled for all sizes (``dynamic`` of
-    ``torch.compile``), so that others need no graph of their own.
+    The key is mmengine's, which compiles ``train_step`` as a whole: of a detector that
+    is dozens of graphs, which are compiled again with each number of objects until the
+    compiler gives up, and nothing in a test. With this hook it is one graph, of the
+    backbone alone, in training and in testing, and from the second size of images on
+    one for all sizes. ``compile`` is True or the arguments of ``torch.compile``.
     """
 
     # Before EMAHook copies the model, and before mmengine looks for the key.
@@ -282,9 +250,6 @@ class CompileBackboneHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Compile in place, and take the key from mmengine.
-
-        Args:
-            runner (Runner): The runner.
 
         Raises:
             TypeError: If ``compile`` is neither a bool nor a dict.
@@ -301,9 +266,41 @@ class CompileBackboneHook(Hook):
             return
         options = {} if options is True else dict(options)
         if options.get('backend', 'inductor') == 'inductor' and 'mode' not in options:
-            options['options'] = {**_inductor_options(), **options.get('options', {})}
+            from torch._inductor import config
+
+            # torch 2.14 fails to sort the strides of outputs that are views of unknown
+            # size in training, as channels-last maps are. Older ones have no such key.
+            key = 'strict_output_strides'
+            mend = {key: True} if hasattr(config, key) else {}
+            options['options'] = {**mend, **options.get('options', {})}
         backbone.compile(**options)
         runner.cfg.compile = None
         runner.logger.info(
             'The backbone is compiled when it first runs, which takes a while.'
         )
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies matrices in bfloat16 (Linux only)."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            flags = set(file.read().split())
+    except OSError:
+        return False
+    return not flags.isdisjoint({'amx_bf16', 'avx512_bf16', 'bf16'})
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Train with ``torch.autocast`` in bfloat16, on a CPU too.
+
+    bfloat16 has the range of float32, so that no loss is scaled as it is by
+    ``AmpOptimWrapper``, which refuses the CPU. The tools take this wrapper on a CPU
+    where that one has ``dtype='bfloat16'``.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Run the forward pass in mixed precision."""
+        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+            yield

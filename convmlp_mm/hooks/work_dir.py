@@ -54,12 +54,12 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
         yield
         return
     os.makedirs(osp.dirname(path), exist_ok=True)
-    file = _acquire(path)
+    file, pid = _acquire(path), os.getpid()
     _held.add(path)
-    since, pid = time.strftime('%Y-%m-%d %H:%M:%S'), os.getpid()
+    since = time.strftime('%Y-%m-%d %H:%M:%S')
     holder = f'process {pid} of {socket.gethostname()} since {since}'
     try:
-        # On a full disk the lock holds all the same.
+        # The lock holds on a full disk, too.
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
             text = f'{holder}: {shlex.join(sys.argv)}\n'
@@ -77,6 +77,7 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
 
 def _acquire(path: str) -> int:
     """Open and lock a file, which is another one when its holder has removed it."""
+    folder = repr(osp.dirname(path))
     restarted = int(os.environ.get('CONVMLP_MM_ATTEMPT', 0)) > 0
     deadline = time.monotonic() + (PATIENCE_OF_RESTART if restarted else PATIENCE)
     waiting = False
@@ -87,14 +88,13 @@ def _acquire(path: str) -> int:
             file = os.open(path, flags, 0o666)
         except OSError as error:
             raise PermissionError(
-                f'work_dir {osp.dirname(path)!r} cannot be written: {error.strerror}: '
-                f'{path!r}'
+                f'work_dir {folder} cannot be written: {error.strerror}: {path!r}'
             ) from error
         try:
-            # With flock(), children that are forked would share the lock: a worker of a
-            # data loader or of a metric that outlives a killed run would keep it. This
-            # one ends when the process closes any descriptor of the file, so that
-            # nothing else here may open it.
+            # Children that are forked would share a lock of flock(): a worker of a data
+            # loader or of a metric that outlives a killed run would keep it. This one
+            # ends when the process closes any descriptor of the file, so that nothing
+            # else here may open it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if osp.samestat(os.fstat(file), os.stat(path)):
                 return file
@@ -115,10 +115,9 @@ def _acquire(path: str) -> int:
             if late or error.errno not in (errno.EACCES, errno.EAGAIN):
                 os.close(file)
                 raise BlockingIOError(
-                    f'work_dir {osp.dirname(path)!r} is in use by '
-                    f'{holder or "another process"} ({error.strerror}); wait until it '
-                    'has ended, or choose another --work-dir; if it is gone with its '
-                    f'machine, remove {path!r}'
+                    f'work_dir {folder} is in use by {holder or "another process"} '
+                    f'({error.strerror}); wait until it has ended, or choose another '
+                    f'--work-dir; if it is gone with its machine, remove {path!r}'
                 ) from error
             if not waiting:
                 print(f'waiting for the work dir: {holder} has it', file=sys.stderr)
@@ -137,12 +136,7 @@ class LaunchHook(Hook):
     """
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note the launch.
-
-        Args:
-            runner (Runner): The runner.
-            checkpoint (dict): Its ``meta`` gets the key ``'launch'``.
-        """
+        """Note the launch."""
         checkpoint['meta'][KEY] = os.environ.get('CONVMLP_MM_LAUNCH_ID')
 
     def before_val(self, runner: Runner) -> None:

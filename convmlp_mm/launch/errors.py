@@ -78,7 +78,7 @@ def final_mistakes() -> Iterator[None]:
         yield
     except (*MISTAKES, OSError) as error:
         final = isinstance(error, MISTAKES) or error.errno in FULL
-        sentence = isinstance(error, MISTAKES) and _said(error)
+        sentence = final and _said(error)
         if sentence:
             _end(sentence)
         if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:

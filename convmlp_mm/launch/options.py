@@ -9,7 +9,7 @@ import sys
 
 from mmengine.config import Config, DictAction
 
-from ..config_checks import (
+from ..zoo import (
     WORKER_KEYS,
     map_config,
     map_leaves,

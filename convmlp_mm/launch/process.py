@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from ..hooks.preemption import PREEMPTED
+from ..hooks.stop import PREEMPTED
 
 __all__ = ['MISTAKE', 'PREEMPTED', 'end_with_launcher', 'keep_memory']
 

@@ -14,8 +14,8 @@ from mmengine.dist import init_dist
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner, checkpoint
 
-from ..checkpoint_io import read_checkpoint
-from ..hooks.latest import find_latest_checkpoint
+from ..checkpoint import read_checkpoint
+from ..hooks.checkpoint import find_latest_checkpoint
 from ..hooks.model import CheckWeightsHook
 from ..hooks.work_dir import LaunchHook, work_dir_lock
 from .checks import check_optimizer, is_first_process

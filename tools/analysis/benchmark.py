@@ -3,9 +3,8 @@
 
 infer and train take models as NAME[@OPTION,...]. NAME is a name of the zoo, a file,
 mmdet::..., mmseg::..., mmpretrain::... or timm::NAME. published::NAME has the backbone
-as the authors' release computes it (published::s is the classifier); matmul is a
-product of two float32 matrices of 2048 rows. All models are timed in this process, in
-turn, round by round; weights are random and images are noise.
+as the authors' release computes it. All models are timed in this process, in turn,
+round by round; weights are random and images are noise.
 
 options of a model, after @:
   deploy         BN folded into the convolutions (infer)
@@ -17,12 +16,12 @@ options of a model, after @:
 import argparse
 import contextlib
 import copy
-import importlib
 import json
 import random
 import runpy
 import sys
-from itertools import chain, repeat
+import time
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,23 +36,19 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from convmlp_mm import ConvMLP, launch
 from convmlp_mm.apis import build_model, switch_to_deploy
-from convmlp_mm.config_checks import WORKER_KEYS
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.hooks.model import operator_of_mmcv, use_channels_last
 from convmlp_mm.launch.process import keep_memory
+from convmlp_mm.launch.runner import plain_optim_wrapper
 from convmlp_mm.launch.tables import format_table
-
-# Where complexity.py stands.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-default_shape = importlib.import_module('complexity').default_shape
+from convmlp_mm.toolkits import default_shape, toolkit_of
+from convmlp_mm.zoo import WORKER_KEYS, find_config
 
 OPTIONS = ('deploy', 'bf16', 'compile', 'channels-last')
-PUBLISHED, MATMUL = 'published::', 'matmul'
+PUBLISHED = 'published::'
 REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
 # Largest difference over the largest value, in float64.
 TOLERANCE = 1e-6
@@ -64,25 +59,23 @@ COLUMNS = (
     ('q3', 'q3', 1e3, 2),
     ('images/s', 'images_per_second', 1, 1),
     ('ratio', 'ratio', 1, 3),
-    ('GFLOP', 'flops', 1e-9, 3),
-    ('GFLOP/s', 'flops_per_second', 1e-9, 1),
     ('MiB', 'memory', 2**-20, 0),
 )
 
 
 class Entry(NamedTuple):
-    """A model and how it is run; ``cfg`` is None for the product of matrices."""
+    """A model and how it is run."""
 
     text: str
-    cfg: Config | None
+    cfg: Config
     published: bool
     options: list[str]
 
 
 def parse_entry(text: str, mode: str) -> Entry:
     """Read NAME[@OPTION,...] and check all that can be checked before it is built."""
-    name, _, given = text.rpartition('@') if '@' in text else (text, '', '')
-    options = given.split(',') if '@' in text else []
+    name, *given = text.rsplit('@', 1)
+    options = given[0].split(',') if given else []
     for option in options:
         if option not in OPTIONS:
             known = ', '.join(OPTIONS)
@@ -90,9 +83,7 @@ def parse_entry(text: str, mode: str) -> Entry:
     published, name = name.startswith(PUBLISHED), name.removeprefix(PUBLISHED)
     if 'deploy' in options and (published or mode != 'infer'):
         raise ValueError(f"{text!r}: 'deploy' is for infer, and not for {PUBLISHED}")
-    if published and name in ConvMLP.arch_settings:
-        name = f'convmlp_{name}_imagenet'
-    cfg = None if name == MATMUL and not published else find_config(name)
+    cfg = find_config(name)
     kind = published and (cfg.model.get('backbone') or {}).get('type')
     if published and kind != 'ConvMLP':
         raise ValueError(f'{text!r} is for ConvMLP, but its backbone is {kind}')
@@ -121,9 +112,6 @@ def check_equal(ours: nn.Module, twin: nn.Module) -> None:
 
     In float64, from drawn BN statistics: the maps in both modes, with the same
     stochastic depth, and in training the gradients and the BN statistics thereafter.
-
-    Raises:
-        ValueError: If one differs by more than ``TOLERANCE`` of its largest value.
     """
     found = _compute(twin)
     for name, expected in _compute(ours).items():
@@ -189,9 +177,6 @@ def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
     """Build a model; return its forward pass or optimizer step, without arguments."""
     torch.manual_seed(0)
     cfg = entry.cfg
-    if cfg is None:
-        matrix = torch.randn(shape, device=args.device)
-        return lambda: matrix @ matrix
     model = revert_sync_batchnorm(build_model(cfg))
     if cfg.default_scope == 'mmseg':
         # Training would pad to the size of the recipe.
@@ -237,7 +222,7 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     settings = copy.deepcopy(model.cfg.get('optim_wrapper')) or dict(
         type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)
     )
-    launch.plain_optim_wrapper(settings)
+    plain_optim_wrapper(settings)
     model.train()
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)
@@ -267,8 +252,7 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
 def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     """Build and warm up; return what times a step, and what is known without time."""
     cuda = args.device != 'cpu'
-    shape = (2048, 2048) if entry.cfg is None else args.shape
-    shape = shape or default_shape(entry.cfg)
+    shape = args.shape or default_shape(entry.cfg)
     shape = (shape[0], shape[-1])
     if cuda:
         torch.cuda.set_device(torch.device(args.device).index or 0)
@@ -276,26 +260,18 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     step = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    counter = FlopCounterMode(display=False)
-    # It sees nothing of a compiled graph.
-    with contextlib.nullcontext() if 'compile' in entry.options else counter:
-        step()
     for _ in range(args.warmup):
         step()
-    timer = Timer('step()', globals=dict(step=step), num_threads=args.threads)
-    return timer, dict(
-        model=entry.text,
-        shape=shape,
-        flops=counter.get_total_flops() or None,
-        memory=torch.cuda.max_memory_allocated() - before if cuda else None,
-    )
+    memory = torch.cuda.max_memory_allocated() - before if cuda else None
+    threads = torch.get_num_threads()
+    timer = Timer('step()', globals=dict(step=step), num_threads=threads)
+    return timer, dict(model=entry.text, shape=shape, memory=memory, seconds=[])
 
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     """Time each model once a round, in a drawn order; return JSON and table."""
     with launch.one_line_errors():
         entries = [parse_entry(text, args.mode) for text in args.models]
-    torch.set_num_threads(args.threads)
     if args.malloc:
         keep_memory()
     timers, rows = [], []
@@ -304,7 +280,7 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
         with launch.one_line_errors():
             timer, row = prepare(entry, args)
         timers.append(timer)
-        rows.append(dict(row, seconds=[]))
+        rows.append(row)
     draw, order = random.Random(0), []
     for i in range(args.rounds):
         print(f'round {i + 1}/{args.rounds}')
@@ -322,9 +298,9 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     table = format_table(['model', *(column[0] for column in COLUMNS)], cells) + (
         f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
         f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
-        f'{torch.__version__}, {args.device}, {args.threads} threads\n'
+        f'{torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n'
     )
-    return dict(models=rows, order=order), table
+    return dict(models=rows, order=order, threads=torch.get_num_threads()), table
 
 
 def summarize(row: dict, first: list[float], batch_size: int) -> None:
@@ -334,14 +310,9 @@ def summarize(row: dict, first: list[float], batch_size: int) -> None:
     changes of the machine do not move.
     """
     low, median, high = np.percentile(row['seconds'], (25, 50, 75)).tolist()
-    row.update(
-        q1=low,
-        median=median,
-        q3=high,
-        images_per_second=None if row['model'] == MATMUL else batch_size / median,
-        ratio=float(np.median(np.divide(first, row['seconds']))),
-        flops_per_second=row['flops'] and row['flops'] / median,
-    )
+    ratio = float(np.median(np.divide(first, row['seconds'])))
+    row.update(q1=low, median=median, q3=high, ratio=ratio)
+    row['images_per_second'] = batch_size / median
 
 
 def build_loader(cfg: Config, workers: int, batch_size: int | None):
@@ -366,21 +337,19 @@ def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
         if cfg.get('train_dataloader') is None:
             raise ValueError(f'configuration {args.config!r} has no train_dataloader')
         launch.check_data(cfg, ('train',))
-        importlib.import_module(f'{cfg.default_scope}.utils').register_all_modules(
-            False
-        )
+        toolkit_of(cfg.default_scope).register()
         set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
         loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
     loading, rows = {}, []
     for workers, loader in loaders.items():
-        sizes, stream = [], chain.from_iterable(repeat(loader))
+        stream = chain.from_iterable(repeat(loader))
         # All processes begin with a batch at once.
         for _ in range(workers):
             next(stream)
-        names = dict(sizes=sizes, stream=stream)
-        timer = Timer('sizes.append(len(next(stream)["inputs"]))', globals=names)
-        batch = timer.timeit(args.batches).mean
-        images = float(np.mean(sizes[-args.batches :])) / batch
+        start = time.perf_counter()
+        sizes = [len(batch['inputs']) for batch in islice(stream, args.batches)]
+        seconds = time.perf_counter() - start
+        batch, images = seconds / args.batches, sum(sizes) / seconds
         loading[workers] = dict(batch=batch, images_per_second=images)
         rows.append([str(workers), f'{1e3 * batch:.1f}', f'{images:.1f}'])
     header = ['workers', 'batch (ms)', 'images/s']
@@ -407,7 +376,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         mode.add_argument('--batch-size', type=number, default=1)
         mode.add_argument('--shape', type=number, nargs='+', help='height [and width]')
         mode.add_argument('--device', default='cuda' if gpu else 'cpu')
-        mode.add_argument('--threads', type=number, default=torch.get_num_threads())
         mode.add_argument('--rounds', type=number, default=10)
         mode.add_argument('--warmup', type=number, default=3, help='steps of each')
         mode.add_argument('--min-time', type=float, default=0.05, help='of each turn')

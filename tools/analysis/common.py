@@ -1,11 +1,10 @@
 """What the figures of maps share: stated models, images, files."""
 
 import argparse
-import contextlib
 import io
 import json
 import os.path as osp
-from collections.abc import Iterator
+from collections.abc import Callable
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -20,11 +19,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from convmlp_mm.apis import get_model, load_weights
-from convmlp_mm.checkpoint_io import hash_file, locate_checkpoint
-from convmlp_mm.config_files import TOOLKITS, find_config, mim_folder
-from convmlp_mm.files import check_output, write_file
+from convmlp_mm.checkpoint import check_output, hash_file, locate_checkpoint, write_file
 from convmlp_mm.predict import read_whole_image
-from convmlp_mm.zoo import published_weights
+from convmlp_mm.toolkits import TOOLKITS
+from convmlp_mm.zoo import find_config, mim_folder, published_weights
 
 
 class StatedModel(NamedTuple):
@@ -33,11 +31,10 @@ class StatedModel(NamedTuple):
     name: str
     model: BaseModel
     weights: str
-    random: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that the figures of several models have in common."""
+    """Add the options that all figures have."""
     add = parser.add_argument
     add('--out', required=True, type=osp.expanduser, help='figure to write, .png')
     text = 'names of this package, files, mmdet:: (...) and a file, timm:: and a name'
@@ -45,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = 'for each model: none (random), published, or a path or URL; default: none'
     add('--weights', nargs='+', metavar='WEIGHTS', help=text)
     add('--names', nargs='+', metavar='NAME', help='what the figure calls the models')
-    add('--seed', type=int, default=0, help='of random weights')
     text = 'pixels that the models see; one that takes a single size keeps it'
     add('--size', nargs=2, type=int, default=(224, 224), metavar=('H', 'W'), help=text)
     add('--overwrite', action='store_true', help='replace the figure')
@@ -70,7 +66,7 @@ def load_models(args: argparse.Namespace, need_head: bool = True) -> list[Stated
     weights = [find_weights(*pair) for pair in zip(args.models, weights)]
     names = args.names or [osp.basename(name.split('::')[-1]) for name in args.models]
     jobs = zip(configs, weights, names)
-    return [load_model(*job, args.seed, need_head) for job in jobs]
+    return [load_model(*job, need_head) for job in jobs]
 
 
 def find_weights(name: str, wanted: str) -> str | None:
@@ -98,23 +94,23 @@ def find_weights(name: str, wanted: str) -> str | None:
 
 
 def load_model(
-    cfg: Config, weights: str | None, name: str, seed: int = 0, need_head: bool = True
+    cfg: Config, weights: str | None, name: str, need_head: bool = True
 ) -> StatedModel:
-    """Build a model, load its weights and state which they are.
+    """Build a model, load its weights if there are any, and state which they are.
 
-    ``weights`` is None for random weights. Otherwise the file must have every tensor of
-    the model, or every tensor of its backbone where ``need_head`` is False.
+    The file must have every tensor of the model, or without ``need_head`` of its
+    backbone.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = get_model(cfg).requires_grad_(False)
     if weights is None:
-        return StatedModel(name, model, f'random weights (seed {seed})', True)
+        return StatedModel(name, model, 'random weights (seed 0)')
     partial = not need_head and hasattr(model, 'backbone')
     load_weights(model, weights, partial, skip_heads=not need_head)
     path = locate_checkpoint(weights)
     digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
-    return StatedModel(name, model, f'weights: {osp.basename(weights)}{digest}', False)
+    return StatedModel(name, model, f'weights: {osp.basename(weights)}{digest}')
 
 
 def read_image(path: str) -> np.ndarray:
@@ -144,15 +140,16 @@ def prepare(
     return seen[..., ::-1], model.data_preprocessor(dict(inputs=[planes]))['inputs']
 
 
-@contextlib.contextmanager
-def running(source: StatedModel) -> Iterator[None]:
-    """Turn what a model raises at a size that it does not take into one sentence."""
+def run(
+    source: StatedModel, image: np.ndarray, size: tuple[int, int], compute: Callable
+) -> tuple:
+    """Return the part of an image that a model sees, and what is computed of it."""
+    seen, inputs = prepare(source, image, size)
     try:
-        yield
+        return seen, compute(source.model, inputs)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f'{source.name} cannot be run at this size: {error}'
-        ) from error
+        message = f'{source.name} cannot be run at this size: {error}'
+        raise ValueError(message) from error
 
 
 def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
@@ -161,7 +158,7 @@ def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
     axes.text(0, 0.6, source.name, fontsize=10, weight='bold', va='bottom')
     # Names of files are long.
     lines = [f'at {image.shape[0]} x {image.shape[1]}', *wrap(source.weights, 26)]
-    colour = '#c00000' if source.random else '#303030'
+    colour = '#c00000' if source.weights.startswith('random') else '#303030'
     axes.text(0, 0.56, '\n'.join(lines), fontsize=8, color=colour, va='top')
 
 

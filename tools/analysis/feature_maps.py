@@ -28,17 +28,18 @@ RULE = (
 
 def find_stages(backbone: nn.Module) -> list[str]:
     """Name the modules whose outputs are shown; of a row of equal blocks, four."""
-    lists = [name for name in ('stages', 'layers', 'blocks') if hasattr(backbone, name)]
     if hasattr(backbone, 'feature_points'):
         names = [point.name for point in backbone.feature_points]
     elif hasattr(backbone, 'res_layers'):
         names = backbone.res_layers
     elif getattr(backbone, 'feature_info', None):
         names = [info['module'] for info in backbone.feature_info]
-    elif lists:
-        names = [f'{lists[0]}.{i}' for i in range(len(getattr(backbone, lists[0])))]
     else:
-        raise ValueError(f'{type(backbone).__name__} does not say what its stages are')
+        lists = [k for k in ('stages', 'layers', 'blocks') if hasattr(backbone, k)]
+        if not lists:
+            kind = type(backbone).__name__
+            raise ValueError(f'{kind} does not say what its stages are')
+        names = [f'{lists[0]}.{i}' for i in range(len(getattr(backbone, lists[0])))]
     if len(names) > NUM_DEPTHS + 1:
         steps = range(1, NUM_DEPTHS + 1)
         names = [names[i * len(names) // NUM_DEPTHS - 1] for i in steps]
@@ -127,12 +128,10 @@ def main() -> None:
             raise ValueError(f'--channels must be 1 to 64, but got {args.channels}')
         image = common.read_image(args.image)
         sources = common.load_models(args, need_head=False)
-        rows = []
-        for source in sources:
-            seen, inputs = common.prepare(source, image, args.size)
-            with common.running(source):
-                stages = extract_stages(source.model, inputs)
-            rows.append((source, seen, stages))
+        rows = [
+            (source, *common.run(source, image, args.size, extract_stages))
+            for source in sources
+        ]
     common.save_figure(args, draw(rows, args.channels), sources)
 
 

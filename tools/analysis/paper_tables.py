@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from convmlp_mm.config_files import find_config
-from convmlp_mm.files import write_file
+from convmlp_mm.checkpoint import write_file
 from convmlp_mm.launch import one_line_errors
 from convmlp_mm.launch.tables import format_table
+from convmlp_mm.zoo import find_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where complexity.py stands.

@@ -7,7 +7,6 @@ docs/figures.md.
 """
 
 import argparse
-from typing import NamedTuple
 
 import common
 import numpy as np
@@ -23,15 +22,6 @@ RULE = (
     'magnitude over the colours, each map scaled from 0 to its 99th percentile.'
 )
 RIGHT, WRONG, UNKNOWN = '#1a7f37', '#c00000', '#303030'
-
-
-class Saliency(NamedTuple):
-    """An image (H, W, 3), the saliency of its pixels (H, W), and the prediction."""
-
-    image: np.ndarray
-    values: Tensor
-    label: str
-    score: float
 
 
 def compute_saliency(model: BaseModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,23 +57,7 @@ def find_label(label: str, sources: list[common.StatedModel]) -> str:
     return found
 
 
-def explain(
-    source: common.StatedModel, image: np.ndarray, size: tuple[int, int]
-) -> Saliency:
-    """Compute the saliency of one image (H, W, 3), and what is predicted."""
-    seen, inputs = common.prepare(source, image, size)
-    with common.running(source):
-        values, scores = compute_saliency(source.model, inputs)
-    label = int(scores.argmax())
-    name = dict(enumerate(class_names(source))).get(label, f'class {label}')
-    return Saliency(seen, values, name, float(scores.softmax(0)[label]))
-
-
-def draw(
-    sources: list[common.StatedModel],
-    rows: list[list[Saliency]],
-    truths: list[str | None],
-) -> Figure:
+def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
     """Draw the images in the first row, and a row of maps for each classifier."""
     shape = len(rows) + 1, len(truths) + 1
     figure = Figure((1.9 * shape[1], 2.15 * shape[0] + 0.4), layout='constrained')
@@ -91,22 +65,24 @@ def draw(
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for axes, found, truth in zip(grid[0, 1:], rows[0], truths):
-        axes.imshow(found.image)
+    for axes, (image, _), truth in zip(grid[0, 1:], rows[0], truths):
+        axes.imshow(image)
         axes.set_title(truth or 'ground truth not given', fontsize=9)
     for line, source, row in zip(grid[1:], sources, rows):
-        common.state(line[0], source, row[0].image)
-        for axes, found, truth in zip(line[1:], row, truths):
-            top = max(np.percentile(found.values, 99), np.finfo(np.float32).tiny)
-            axes.imshow(found.values, cmap='magma', vmin=0, vmax=top)
-            if not found.values.any():
+        common.state(line[0], source, row[0][0])
+        names = dict(enumerate(class_names(source)))
+        for axes, (_, (values, scores)), truth in zip(line[1:], row, truths):
+            top = max(np.percentile(values, 99), np.finfo(np.float32).tiny)
+            axes.imshow(values, cmap='magma', vmin=0, vmax=top)
+            if not values.any():
                 # A head that starts from zeros has no gradient.
                 style = dict(color='white', ha='center', transform=axes.transAxes)
                 axes.text(0.5, 0.5, 'zero everywhere', fontsize=8, **style)
-            right = truth is not None and found.label.lower() == truth.lower()
+            score, label = scores.softmax(0).max(0)
+            name = names.get(int(label), f'class {int(label)}')
+            right = truth is not None and name.lower() == truth.lower()
             colour = UNKNOWN if truth is None else RIGHT if right else WRONG
-            text = f'{found.label} {found.score:.2f}'
-            axes.set_xlabel(text, fontsize=9, color=colour)
+            axes.set_xlabel(f'{name} {score:.2f}', fontsize=9, color=colour)
     figure.supxlabel(RULE, fontsize=8)
     return figure
 
@@ -131,7 +107,10 @@ def main() -> None:
             if source.model.cfg.default_scope != 'mmpretrain':
                 raise ValueError(f'{source.name} is no classifier')
         truths = [truth and find_label(truth, sources) for truth in truths]
-        rows = [[explain(s, image, args.size) for image in images] for s in sources]
+        rows = [
+            [common.run(source, image, args.size, compute_saliency) for image in images]
+            for source in sources
+        ]
     common.save_figure(args, draw(sources, rows, truths), sources)
 
 

@@ -8,16 +8,14 @@ computed twice and what is drawn is what was evaluated::
 """
 
 import argparse
-import json
-import math
 import os.path as osp
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from mmengine.fileio import load
 from pycocotools.coco import COCO
 
 from convmlp_mm.launch import one_line_errors
@@ -25,20 +23,7 @@ from convmlp_mm.launch import one_line_errors
 PANEL_INCHES = 2.6
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    path = dict(type=osp.expanduser)
-    parser.add_argument('predictions', help='.bbox.json of CocoMetric', **path)
-    parser.add_argument('annotations', help='COCO file of the same images', **path)
-    parser.add_argument('images', help='folder of the images', **path)
-    parser.add_argument('out', help='sheet to write, .png', **path)
-    parser.add_argument('--num', type=int, default=6, help='images to show')
-    parser.add_argument('--score-thr', type=float, default=0.4)
-    parser.add_argument('--title', default='')
-    return parser.parse_args()
-
-
-def draw(axes, image: np.ndarray, records: list[dict], names: dict[int, str]) -> None:
+def draw(axes: Axes, image: np.ndarray, records: list[dict], names: dict) -> None:
     """Draw COCO's boxes, which are x, y, width and height in pixels of the image."""
     axes.imshow(image, interpolation='bilinear')
     for record in records:
@@ -46,8 +31,7 @@ def draw(axes, image: np.ndarray, records: list[dict], names: dict[int, str]) ->
         label = record['category_id']
         colour = f'C{list(names).index(label) % 10}'
         score = f' {record["score"]:.2f}' if 'score' in record else ''
-        box = plt.Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.6)
-        axes.add_patch(box)
+        axes.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.6))
         # Above the box, but for boxes at the upper edge.
         place = 'bottom' if y > 0.06 * image.shape[0] else 'top'
         box = dict(facecolor=colour, edgecolor='none', pad=0.8)
@@ -55,17 +39,16 @@ def draw(axes, image: np.ndarray, records: list[dict], names: dict[int, str]) ->
         axes.text(x, max(y, 0), names[label] + score, **text)
 
 
-def draw_sheet(truth: COCO, found: COCO, args: argparse.Namespace) -> plt.Figure:
+def draw_sheet(truth: COCO, found: COCO, args: argparse.Namespace) -> Figure:
     """Draw pairs of ground truth and detections, two pairs in a row."""
     names = {c['id']: c['name'] for c in truth.dataset['categories']}
     ids = sorted(truth.imgs)
     # Spread over the set rather than its first images.
     index = np.linspace(0, len(ids) - 1, min(args.num, len(ids))).astype(int)
-    rows = math.ceil(len(index) / 2)
+    rows = -(-len(index) // 2)
     size = 4 * PANEL_INCHES, rows * PANEL_INCHES + 0.4
-    figure, grid = plt.subplots(
-        rows, 4, figsize=size, squeeze=False, layout='constrained'
-    )
+    figure = Figure(figsize=size, layout='constrained')
+    grid = figure.subplots(rows, 4, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for i, (left, right) in zip(index, grid.reshape(-1, 2)):
@@ -81,16 +64,20 @@ def draw_sheet(truth: COCO, found: COCO, args: argparse.Namespace) -> plt.Figure
 
 
 def main() -> None:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, path = parser.add_argument, osp.expanduser
+    add('predictions', type=path, help='.bbox.json of CocoMetric')
+    add('annotations', type=path, help='COCO file of the same images')
+    add('images', type=path, help='folder of the images')
+    add('out', type=path, help='sheet to write, .png')
+    add('--num', type=int, default=6, help='images to show, from 1 on')
+    add('--score-thr', type=float, default=0.4)
+    add('--title', default='')
+    args = parser.parse_args()
     with one_line_errors():
         if args.num < 1:
             raise ValueError(f'--num must be at least 1, but got {args.num}')
-        for path in (args.predictions, args.annotations):
-            if not osp.isfile(path):
-                raise FileNotFoundError(f'file {path!r} does not exist')
-        truth = COCO(args.annotations)
-        with open(args.predictions) as file:
-            records = json.load(file)
+        records, truth = load(args.predictions), COCO(args.annotations)
         # pycocotools fails where nothing was found.
         found = truth.loadRes(records) if records else COCO()
         figure = draw_sheet(truth, found, args)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import modelindex
 
-from convmlp_mm.files import write_file
+from convmlp_mm.checkpoint import write_file
 from convmlp_mm.launch.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / 'README.md'
 BEGIN = '<!-- model zoo: written by tools/data/update_model_zoo.py -->\n'
 END = '<!-- end of model zoo -->\n'
 
@@ -47,18 +48,14 @@ def main() -> None:
     index.build_models_with_collections()
     groups = itertools.groupby(index.models, lambda model: model.in_collection)
     tables = ''.join(format_models(name, list(models)) for name, models in groups)
-    readme = ROOT / 'README.md'
-    text = readme.read_text(encoding='utf-8')
-    try:
-        head, rest = text.split(BEGIN)
-        _, tail = rest.split(END)
-    except ValueError:
-        sys.exit(f'{readme} must have the lines {BEGIN}and {END}once')
-    new = f'{head}{BEGIN}\n{tables}{END}{tail}'
-    if new != text and args.check:
+    old = README.read_text(encoding='utf-8')
+    if old.count(BEGIN) != 1 or old.count(END) != 1:
+        sys.exit(f'{README} must have the lines {BEGIN}and {END}once')
+    head, rest = old.split(BEGIN)
+    new = f'{head}{BEGIN}\n{tables}{END}{rest.split(END)[1]}'
+    if new != old and args.check:
         sys.exit('README.md: run tools/data/update_model_zoo.py')
-    if new != text:
-        write_file(readme, new, overwrite=True)
+    write_file(README, new, overwrite=True)
 
 
 if __name__ == '__main__':

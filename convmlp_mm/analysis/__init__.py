@@ -1,1 +1,0 @@
-"""What the paper compares models by: functions that return data, and drawing."""

@@ -1,0 +1,456 @@
+"""Stop a run in all processes at once: on a signal, or at a loss that is no number."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import os.path as osp
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import isfinite
+from numbers import Real
+from types import FrameType
+
+import torch
+from mmengine import dist
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.optim import AmpOptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..checkpoint import find_not_finite, some_of
+from ._mmengine import is_training, save_now
+from .checkpoint import PREEMPTED_FILE as KEY
+from .checkpoint import checkpoint_hooks, named_checkpoint, remove_checkpoint
+from .work_dir import work_dir_lock
+
+__all__ = ['PREEMPTED', 'FiniteLossHook', 'PreemptionHook', 'StepHook', 'average']
+
+# The exit code of a run that was saved and stopped, to go on in another allocation.
+# tools/slurm_run.sh knows it.
+PREEMPTED = 85
+
+# What schedulers send: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM any.
+SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGINT')
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors by their means over the processes, in one all-reduce.
+
+    Args:
+        tensors (Sequence[Tensor]): Of floating point; of the same shapes in each
+            process. A single process leaves them as they are.
+    """
+    if not tensors or dist.get_world_size() == 1:
+        return
+    device = dist.get_comm_device()
+    vector = torch.cat([tensor.flatten().to(device) for tensor in tensors])
+    dist.all_reduce(vector, 'mean')
+    means = vector.split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means):
+        tensor.copy_(mean.view_as(tensor))
+
+
+class StepHook(Hook):
+    """A hook with numbers that the processes share after each step.
+
+    The hooks of this kind put their numbers into one vector, so that a step costs one
+    all-reduce beside that of the gradients, whichever of them a configuration lists.
+    The first of them to be called does it for all.
+    """
+
+    # Before EMAHook copies the statistics, and before any hook that saves.
+    priority = 'VERY_HIGH'
+
+    def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
+        """Return what is to be shared; the mean over all processes overwrites it.
+
+        Args:
+            runner (Runner): The runner.
+            outputs (object): What the step of the model has returned.
+        """
+        raise NotImplementedError
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: object = None,
+        outputs: object = None,
+    ) -> None:
+        """Share the numbers of all hooks, if this one is called first."""
+        hooks = [hook for hook in runner.hooks if isinstance(hook, StepHook)]
+        if hooks[0] is self:
+            average([x for hook in hooks for x in hook.numbers(runner, outputs)])
+        self.after_sharing(runner, batch_idx, data_batch)
+
+    def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
+        """Do what follows from the means; nothing by default."""
+
+
+@HOOKS.register_module()
+class FiniteLossHook(StepHook):
+    """Stop the run at the first loss that is NaN or Inf.
+
+    The Runner would train on, and save weights that are all NaN. The processes agree
+    on it after each step, since with the gradients the weights of all are spoilt. Where
+    a GradScaler guards the weights (fp16), a single Inf is a warning: that step was
+    left out. NaN, and Inf in two iterations in a row, stop there too.
+
+    Besides, no checkpoint with NaN or Inf in its weights or its optimizer is written:
+    gradients can be NaN where the loss is not, and the next loss would come too late.
+    """
+
+    def __init__(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+        # Whether any process has an Inf, and a NaN, once they are shared.
+        self._flags = torch.zeros(2)
+        self._was_infinite = False
+
+    def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
+        """Return a flag for Inf and one for NaN; above 0 where any process has it."""
+        # BaseModel.parse_losses takes the sum of these terms. Others, such as an
+        # accuracy, may be NaN.
+        terms = outputs.items() if isinstance(outputs, dict) else ()
+        self._losses = {
+            name: torch.as_tensor(value).detach().float().sum()
+            for name, value in terms
+            if 'loss' in name and isinstance(value, (Tensor, Real))
+        }
+        values = list(self._losses.values()) or [torch.zeros(())]
+        # Terms that are plain numbers are on the CPU. The flags stay on the device, so
+        # that it is waited for once, after they have been shared.
+        values = torch.stack([value.to(values[0].device) for value in values])
+        flags = [values.isinf().any(), values.isnan().any()]
+        self._flags = torch.stack(flags).float()
+        return [self._flags]
+
+    def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
+        """Look at the terms of the loss.
+
+        Raises:
+            FloatingPointError: If one of them, in any process, is NaN or Inf.
+        """
+        infinite, nan = (self._flags > 0).tolist()
+        again, self._was_infinite = self._was_infinite, infinite
+        if not infinite and not nan:
+            return
+        losses = {name: value.item() for name, value in self._losses.items()}
+        bad = [f'{n} is {value}' for n, value in losses.items() if not isfinite(value)]
+        message = f'iteration {runner.iter + 1}: '
+        if bad:
+            message += (
+                f'{", ".join(bad)}; the images are '
+                f'{", ".join(_image_names(data_batch)) or "unknown"}; the last '
+                f'checkpoint before it is {_last_checkpoint(runner)}'
+            )
+        else:
+            message += 'the loss of another process is NaN or Inf'
+        if nan or again or not _scales(runner):
+            raise FloatingPointError(message)
+        if bad:
+            print_log(f'step left out in {message}', 'current', logging.WARNING)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look at the weights, the optimizer and open gradients.
+
+        Raises:
+            FloatingPointError: If there is NaN or Inf in one of them.
+        """
+        names = list(find_not_finite(checkpoint.get('state_dict', {})))
+        names += find_not_finite(checkpoint.get('optimizer', {}), 'optimizer')
+        if not _scales(runner):
+            # They belong to an accumulation that a resumed run goes on with.
+            params = runner.model.named_parameters()
+            grads = {name: param.grad for name, param in params}
+            names += find_not_finite(grads, 'gradient of')
+        if names:
+            raise FloatingPointError(
+                f'iteration {checkpoint["meta"]["iter"]}: NaN or Inf in '
+                f'{some_of(names)}; nothing is saved, and the last checkpoint before '
+                f'it is {_last_checkpoint(runner)}'
+            )
+
+
+def _scales(runner: Runner) -> bool:
+    """Tell whether steps with gradients that are not finite are left out."""
+    wrapper = runner.optim_wrapper
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return all(
+        isinstance(w, AmpOptimWrapper) and w.loss_scaler.is_enabled() for w in wrappers
+    )
+
+
+def _image_names(batch: object) -> list[str]:
+    """Name the images of a batch, in its order or that of a detector's branches."""
+    if hasattr(batch, 'metainfo'):
+        for key in ('img_path', 'img_id', 'sample_idx'):
+            name = batch.metainfo.get(key)
+            if name is not None:
+                return [str(name) if key == 'img_path' else f'{key} {name}']
+        return ['one without a name']
+    if isinstance(batch, dict):
+        return _image_names(batch.get('data_samples', list(batch.values())))
+    parts = batch if isinstance(batch, (list, tuple)) else ()
+    return [name for part in parts for name in _image_names(part)]
+
+
+def _last_checkpoint(runner: Runner) -> str:
+    return named_checkpoint(runner.work_dir) or 'none yet'
+
+
+@HOOKS.register_module()
+class PreemptionHook(StepHook):
+    """Stop at the end of an iteration when a signal asks for it.
+
+    It may reach one process or all of them, in different iterations. The processes
+    agree after each, so that all stop at the same one; a signal that comes later in an
+    iteration counts for the next. Then a checkpoint is saved, from which ``--resume``
+    goes on, and the processes exit with :data:`PREEMPTED`, on which
+    ``tools/slurm_train.sh`` has the job queued again. During validation nobody looks:
+    the processes may have different numbers of batches.
+
+    In the middle of an epoch the checkpoint is named ``iter_{iter}.pth``, is not among
+    those that ``max_keep_ckpts`` counts, and is deleted when the resumed run has saved
+    a regular one. Where a checkpoint is saved anyway, there is no other. After the last
+    iteration the run goes on to its end.
+
+    Workers of data loaders that start after ``before_run`` ignore the signals, which
+    may have been sent to the whole job step. In mmengine up to 0.10.7,
+    ``IterBasedTrainLoop`` starts its workers before any hook. Other processes that are
+    forked, such as the pool of a metric, treat the signals as without this hook.
+
+    While it trains, the first process holds the lock of the work dir, see
+    :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
+
+    Args:
+        signals (Sequence[str]): Names of the signals, of ``'SIGTERM'``,
+            ``'SIGUSR1'``, ``'SIGUSR2'``, ``'SIGHUP'`` and ``'SIGINT'``.
+            Defaults to ``('SIGTERM', 'SIGUSR1')``.
+
+    Raises:
+        ValueError: If ``signals`` are none of these.
+    """
+
+    # After CheckpointHook, to see what it has saved.
+    priority = 'LOWEST'
+
+    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGUSR1')) -> None:
+        given = signals if isinstance(signals, (list, tuple)) else ()
+        if not given or any(name not in SIGNALS for name in given):
+            raise ValueError(
+                'signals of PreemptionHook must be a list of some of '
+                f'{", ".join(SIGNALS)}, but got {signals!r}'
+            )
+        self.signals = tuple(signal.Signals[name] for name in signals)
+        # Whether this process was asked to stop; above 0 where any was, once shared.
+        self._asked = False
+        self._flag = torch.zeros(1)
+        self._lock = contextlib.ExitStack()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def before_run(self, runner: Runner) -> None:
+        """Take over the signals, before a resumed run makes up for a validation.
+
+        Raises:
+            BlockingIOError: If another run trains in the work dir.
+        """
+        self._asked = False
+        if not is_training(runner):
+            return
+        if dist.is_main_process():
+            self._lock.enter_context(work_dir_lock(runner.work_dir))
+        if threading.current_thread() is not threading.main_thread():
+            runner.logger.warning(
+                'PreemptionHook: signals are handled in the main thread only, and '
+                'this is another; nothing will be saved on a signal.'
+            )
+            return
+        self._take_signals()
+        self._protect(runner.val_loop)
+
+    def _take_signals(self) -> None:
+        for number in self.signals:
+            # It is None for a handler that Python does not know.
+            _taken.setdefault(number, signal.getsignal(number) or signal.SIG_DFL)
+            signal.signal(number, self._note)
+
+    def before_train(self, runner: Runner) -> None:
+        """Let the workers of the training ignore the signals."""
+        if _taken:
+            # A resumed run has built its loader again.
+            self._protect(runner.train_loop)
+
+    def _protect(self, loop: BaseLoop | None) -> None:
+        loader = getattr(loop, 'dataloader', None)
+        if isinstance(loader, DataLoader) and loader.num_workers:
+            loader.worker_init_fn = partial(
+                _obey_only_parent, loader.worker_init_fn, self.signals
+            )
+
+    def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
+        """Return a flag that is above 0 where any process was asked to stop."""
+        self._flag = torch.full((1,), float(self._asked))
+        return [self._flag]
+
+    def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
+        """Stop here if any process was asked to.
+
+        Raises:
+            SystemExit: With the code ``PREEMPTED``, after saving.
+        """
+        self._remove_superseded(runner)
+        if self._flag == 0 or self.is_last_train_iter(runner):
+            return
+        # The last iteration of an epoch ends in after_train_epoch, where the
+        # regular checkpoint is. Iteration-based loops know no such end.
+        by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        if not by_epoch or batch_idx + 1 < len(runner.train_dataloader):
+            self._stop(runner, epoch=runner.epoch, iteration=runner.iter + 1)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Stop before the validation if any process was asked to.
+
+        Raises:
+            SystemExit: With the code ``PREEMPTED``, after saving.
+        """
+        self._remove_superseded(runner)
+        # The saving, which takes long, has given a signal time to come.
+        average(self.numbers(runner, None))
+        if self._flag > 0 and not self.is_last_train_epoch(runner):
+            self._stop(runner, epoch=runner.epoch + 1, iteration=runner.iter)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Let the file of an earlier stop be forgotten by what takes its place."""
+        hook = _checkpoint_hook(runner)
+        info = checkpoint['message_hub']['runtime_info']
+        if hook and hook.last_ckpt and osp.basename(hook.last_ckpt) != info.get(KEY):
+            info.pop(KEY, None)
+
+    def after_train(self, runner: Runner) -> None:
+        """Give the signals back."""
+        _give_back()
+
+    def after_run(self, runner: Runner) -> None:
+        """Let others have the work dir."""
+        self._lock.close()
+
+    def _stop(self, runner: Runner, epoch: int, iteration: int) -> None:
+        """Save what has not been saved and leave."""
+        hook = _checkpoint_hook(runner)
+        if hook is None:
+            saved = 'Nothing is saved, as there is no CheckpointHook.'
+        else:
+            name = hook.filename_tmpl.format(epoch if hook.by_epoch else iteration)
+            regular = osp.basename(str(hook.last_ckpt)) == name
+            # In the middle of an epoch, its number is that of the last checkpoint.
+            if not regular or (hook.by_epoch and epoch == runner.epoch):
+                self._save(runner, hook, epoch, iteration)
+            saved = f'The last checkpoint is {hook.last_ckpt}.'
+        # No process may leave while another saves: launchers end the rest then.
+        dist.barrier()
+        runner.logger.warning(
+            f'Stopped by a signal after {iteration} iterations. {saved} '
+            f'Exit code {PREEMPTED}; go on with --resume.'
+        )
+        raise SystemExit(PREEMPTED)
+
+    def _save(
+        self, runner: Runner, hook: CheckpointHook, epoch: int, iteration: int
+    ) -> None:
+        """Have CheckpointHook save, beside the files that it counts."""
+        former = runner.message_hub.runtime_info.get(KEY)
+        name = f'iter_{iteration}.pth'
+        runner.message_hub.update_info(KEY, name)
+        changes = dict(by_epoch=False, filename_tmpl='iter_{}.pth', max_keep_ckpts=-1)
+        settings = {key: getattr(hook, key) for key in changes}
+        vars(hook).update(changes)
+        try:
+            save_now(hook, runner, epoch, iteration)
+        finally:
+            vars(hook).update(settings)
+        if osp.basename(str(hook.last_ckpt)) != name:
+            # It could not be saved, as the hook has said.
+            runner.message_hub.update_info(KEY, former)
+        elif former not in (None, name) and dist.is_main_process():
+            remove_checkpoint(hook, former)
+
+    def _remove_superseded(self, runner: Runner) -> None:
+        """Delete the file of an earlier stop once there is a later checkpoint."""
+        name = runner.message_hub.runtime_info.get(KEY)
+        hook = _checkpoint_hook(runner) if name else None
+        # None until the resumed run has saved.
+        if hook is None or osp.basename(hook.last_ckpt or name) == name:
+            return
+        if dist.is_main_process():
+            remove_checkpoint(hook, name)
+        runner.message_hub.runtime_info.pop(KEY)
+
+
+def _checkpoint_hook(runner: Runner) -> CheckpointHook | None:
+    return next(iter(checkpoint_hooks(runner)), None)
+
+
+# The signals that a hook has taken over in this process, and what they did before.
+_taken: dict = {}
+
+
+def _before_fork() -> None:
+    # Python forgets what reaches a child before it has the handlers of its own.
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)
+
+
+def _after_fork(in_child: bool = False) -> None:
+    """Let no child inherit the handlers: one that is told to end must end."""
+    if in_child:
+        _give_back()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
+def _give_back() -> None:
+    for number, handler in _taken.items():
+        signal.signal(number, handler)
+    _taken.clear()
+
+
+# The mask of signals belongs to the thread that forks.
+_fork = threading.local()
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork,
+    after_in_child=partial(_after_fork, in_child=True),
+)
+
+
+def _obey_only_parent(
+    init: Callable[[int], None] | None,
+    signals: Sequence[signal.Signals],
+    worker_id: int,
+) -> None:
+    """Let a worker of a data loader ignore the signals, but for its parent's SIGTERM.
+
+    A signal to the whole job step reaches the workers too. One that ends takes the run
+    with it, before that has saved. They cannot just ignore SIGTERM: by it the loader
+    ends a worker that hangs. A handler is not told who has sent a signal, only a thread
+    that waits for it is. So the worker blocks the signals, which its threads inherit,
+    and one thread waits for them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=_wait_for_parent, args=[signals], daemon=True).start()
+    if init is not None:
+        init(worker_id)
+
+
+def _wait_for_parent(signals: Sequence[signal.Signals]) -> None:
+    while True:
+        info = signal.sigwaitinfo(signals)
+        if (info.si_signo, info.si_pid) == (signal.SIGTERM, os.getppid()):
+            os._exit(0)

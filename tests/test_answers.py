@@ -1,0 +1,337 @@
+"""docs/answers.md: no message stands there that a test does not provoke."""
+
+import ast
+import importlib
+import inspect
+import logging
+import re
+import socket
+import sys
+from functools import reduce
+from importlib import metadata
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader, Runner
+from torch import distributed, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import convmlp_mm
+from convmlp_mm.launch import merge_options
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / 'docs' / 'answers.md').read_text(encoding='utf-8')
+SECTION = re.compile(r'^### `([^`\n]+)`\n(.*?)(?=^##)', re.DOTALL | re.MULTILINE)
+ANSWERS = dict(SECTION.findall(PAGE))
+PROVOKED = {}
+# Its distributions have other names, and it has no upper bounds.
+MAINTAINED = any('onedl' in name for name in metadata.packages_distributions()['mmdet'])
+
+
+def provokes(message):
+    """Register the test of a message; it returns what was raised or logged."""
+
+    def register(function):
+        PROVOKED[message] = function
+        return function
+
+    return register
+
+
+def python_of(answer):
+    return re.search(r'```python\n(.*?)```', answer, re.DOTALL).group(1)
+
+
+def options_of(answer):
+    """The settings after ``--cfg-options`` of a command."""
+    command = re.search(r'```shell\n(.*?)```', answer, re.DOTALL).group(1)
+    settings = command.partition('--cfg-options')[2].replace('\\\n', ' ').split()
+    return [setting.replace('"', '') for setting in settings]
+
+
+def settings_of(answer):
+    pairs = [option.partition('=') for option in options_of(answer)]
+    # A name is no literal.
+    return {
+        key: value if value.isalpha() and value != 'True' else ast.literal_eval(value)
+        for key, _, value in pairs
+    }
+
+
+@pytest.fixture
+def detector(tmp_path, monkeypatch):
+    """A configuration of a detector with data, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    # They only enter the log, and take most of the time.
+    monkeypatch.setattr(Config, 'pretty_text', property(repr))
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    tiny.write_data(tmp_path / 'data')
+    tiny.write_config('my_detector.py', 'detector', tmp_path / 'data')
+    with open('my_detector.py', 'a') as file:
+        file.write('num_classes = 2\n')
+    init_default_scope('mmdet')
+    return Config.fromfile('my_detector.py')
+
+
+def failure(function, *args, **kwargs):
+    with pytest.raises(Exception) as raised:
+        function(*args, **kwargs)
+    return str(raised.value)
+
+
+def build(kind, cfg):
+    return getattr(importlib.import_module('mmdet.registry'), kind).build(cfg)
+
+
+@provokes('ConvMLP is not in the mmdet::model registry')
+def not_registered(answer, detector, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delitem(MODELS.module_dict, 'ConvMLP')
+        message = failure(build, 'MODELS', detector.model)
+    cured = Config.fromstring(python_of(answer), '.py')
+    assert cured.custom_imports.imports == ['convmlp_mm']
+    build('MODELS', detector.model)
+    return message
+
+
+@provokes("No module named 'mmcv._ext'")
+def no_operators(answer, monkeypatch):
+    from mmcv.utils import ext_loader
+
+    monkeypatch.setattr(mmcv, '__path__', [])
+    monkeypatch.delitem(sys.modules, 'mmcv._ext', raising=False)
+    assert len(convmlp_mm.ConvMLP(arch=tiny.ARCH)(torch.rand(1, 3, 32, 32))) == 4
+    return failure(ext_loader.load_ext, '_ext', ['nms'])
+
+
+@provokes('MMCV==2.2.0 is used but incompatible')
+def too_new(answer, monkeypatch):
+    mmdet = importlib.import_module('mmdet')
+    if MAINTAINED:
+        pytest.skip('the maintained stack has no such bound')
+    monkeypatch.setattr(mmcv, '__version__', '2.2.0')
+    return failure(importlib.reload, mmdet)
+
+
+@provokes('mmsegmentation is not installed')
+def other_distribution(answer, tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(python_of(answer))
+    assert Config.fromfile(path).default_scope == 'mmseg'
+    if not MAINTAINED:
+        pytest.skip('the original stack has this distribution')
+    path.write_text("_base_ = 'mmseg::_base_/default_runtime.py'")
+    return failure(Config.fromfile, path)
+
+
+@provokes('Duplicate key is not allowed among bases')
+def two_bases(answer, tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(python_of(answer))
+    assert Config.fromfile(path).log_level == 'WARNING'
+    base = convmlp_mm.config_path('retinanet_convmlp_s')
+    (tmp_path / 'runtime.py').write_text("log_level = 'WARNING'")
+    path.write_text(f'_base_ = [{base!r}, "runtime.py"]')
+    return failure(Config.fromfile, path)
+
+
+@provokes('need at least one array to concatenate')
+def other_classes(answer, detector, tool):
+    data = detector.train_dataloader.dataset
+    data.metainfo.classes = ('dog',)
+    data.filter_cfg.filter_empty_gt = True
+    message = failure(build, 'DATASETS', data)
+    command = ['train.py', 'my_detector.py', '--work-dir', 'work', '--cfg-options']
+    dogs = 'train_dataloader.dataset.metainfo.classes=[dog]'
+    ours = tool(*command, 'model.bbox_head.num_classes=1', dogs).stderr
+    assert 'has no category for 1 of the 1 names in metainfo.classes' in ours
+    assert tool(*command, 'train_cfg.max_epochs=1', *options_of(answer)).returncode == 0
+    return message
+
+
+@provokes('The testing results of the whole dataset is empty')
+def no_boxes(answer, detector):
+    metric = build('METRICS', detector.val_evaluator)
+    metric.dataset_meta = dict(classes=tiny.CLASSES)
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    found = dict(img_id=1, bboxes=np.zeros((0, 4)), scores=[], labels=[])
+    metric.compute_metrics([(dict(img_id=1, height=48, width=64), found)])
+    logger.removeHandler(handler)
+    # mmdet's threshold, which the answer takes away.
+    cfg = Config.fromfile(convmlp_mm.config_path('retinanet_convmlp_s'))
+    assert cfg.model.test_cfg.score_thr > 0
+    merge_options(cfg, settings_of(answer))
+    assert cfg.model.test_cfg.score_thr == 0
+    return '\n'.join(lines)
+
+
+@provokes('loss is nan')
+def not_finite(answer, tmp_path, detector):
+    hook = convmlp_mm.FiniteLossHook()
+    detector.work_dir = str(tmp_path / 'work')
+    detector.experiment_name = 'not_finite'
+    runner = Runner.from_cfg(detector)
+    message = failure(
+        hook.after_train_iter, runner, 0, None, dict(loss=torch.tensor(float('nan')))
+    )
+    merge_options(detector, settings_of(answer))
+    wrapper = runner.build_optim_wrapper(detector.optim_wrapper)
+    assert wrapper.clip_grad_kwargs == dict(max_norm=1.0)
+    return message
+
+
+@provokes('size mismatch for bbox_head')
+def other_head(answer, detector):
+    two = build('MODELS', detector.model)
+    detector.model.bbox_head.num_classes = 3
+    three = build('MODELS', detector.model)
+    message = failure(two.load_state_dict, three.state_dict())
+    torch.save(three.state_dict(), 'epoch_12.pth')
+    convmlp_mm.get_model('my_detector.py', 'epoch_12.pth')
+    ours = failure(convmlp_mm.get_inferencer, 'my_detector.py', 'epoch_12.pth')
+    assert 'of another shape' in ours
+    cfg = Config.fromfile('my_detector.py')
+    merge_options(cfg, settings_of(answer))
+    convmlp_mm.get_inferencer(cfg, 'epoch_12.pth')
+    return message
+
+
+@provokes('Weights only load failed')
+def own_records(answer, tmp_path, monkeypatch):
+    loss, path = HistoryBuffer(), tmp_path / 'epoch_1.pth'
+    loss.update(1.0)
+    torch.save(dict(state_dict={}, message_hub=dict(log_scalars=dict(loss=loss))), path)
+    message = failure(torch.load, path, weights_only=True)
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    exec(python_of(answer), {})
+    CheckpointLoader.load_checkpoint(str(path))
+    return message
+
+
+@provokes('SyncBatchNorm expected input tensor to be on GPU')
+def norm_without_gpu(answer):
+    store = distributed.HashStore()
+    distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        message = failure(nn.SyncBatchNorm(2), torch.rand(4, 2))
+    finally:
+        distributed.destroy_process_group()
+    cfg = Config.fromfile(convmlp_mm.config_path('semantic_fpn_convmlp_s'))
+    assert cfg.model.decode_head.norm_cfg.type == 'SyncBN'
+    merge_options(cfg, settings_of(answer))
+    assert cfg.model.decode_head.norm_cfg.type == 'BN'
+    return message
+
+
+@provokes('EADDRINUSE')
+def busy_port(answer, tool):
+    with socket.create_server(('', 0)) as server:
+        port = server.getsockname()[1]
+        message = failure(distributed.TCPStore, '127.0.0.1', port, is_master=True)
+        command = ['--rdzv_endpoint', f'127.0.0.1:{port}', 'train.py']
+        ours = tool('convmlp_mm.launch.elastic', *command).stderr
+    assert f'port {port} of this machine cannot be used' in ours and 'PORT' in ours
+    # torch 2.2 has the words of the system alone.
+    return message.replace('errno: 98', 'EADDRINUSE')
+
+
+@provokes('CUDA out of memory')
+def too_large(answer):
+    images, kept = torch.rand(1, 3, 64, 64), []
+    for with_cp in (False, True):
+        sizes = {}
+        hook = saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.setdefault(x.data_ptr(), x.nbytes) and x,
+            lambda x: x,
+        )
+        with hook:
+            convmlp_mm.ConvMLP(arch=tiny.ARCH, with_cp=with_cp)(images)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0] / 2
+    cfg = Config.fromfile(convmlp_mm.config_path('retinanet_convmlp_s'))
+    batch = cfg.train_dataloader.batch_size
+    merge_options(cfg, settings_of(answer))
+    assert cfg.model.backbone.with_cp
+    assert (
+        cfg.optim_wrapper.accumulative_counts * cfg.train_dataloader.batch_size == batch
+    )
+    if not torch.cuda.is_available():
+        pytest.skip('there is no GPU whose memory could be filled')
+    return failure(torch.empty, 2**50, device='cuda')
+
+
+@pytest.mark.parametrize('message', ANSWERS)
+def test_message_is_provoked_and_its_answer_helps(message, request):
+    function = PROVOKED[message]
+    _, *fixtures = inspect.signature(function).parameters
+    said = function(ANSWERS[message], *map(request.getfixturevalue, fixtures))
+    assert message in said
+
+
+def test_every_answer_stands_on_the_page():
+    assert list(ANSWERS) == list(PROVOKED)
+
+
+COMING = PAGE.partition('## Coming from')[2].partition('\n## ')[0]
+OURS = [
+    word
+    for row in re.findall(r'^\| .*\|$', COMING, re.MULTILINE)
+    for cell in re.split(r' \| ', row)[1:]
+    for word in re.findall(r'`(.+?)`', cell)
+]
+
+
+@pytest.fixture(scope='module')
+def settings():
+    """What a classifier's configuration sets, with the defaults of its backbone."""
+    cfg = Config.fromfile(convmlp_mm.config_path('transfer/convmlp_s_cifar10'))
+    imagenet = Config.fromfile(convmlp_mm.config_path('convmlp_s_imagenet'))
+    cfg.model.head.loss = imagenet.model.head.loss
+    for name, parameter in inspect.signature(convmlp_mm.ConvMLP).parameters.items():
+        cfg.model.backbone.setdefault(name, parameter.default)
+    return cfg
+
+
+@pytest.mark.parametrize('word', dict.fromkeys(OURS))
+def test_names_for_those_of_the_authors_exist(word, settings):
+    path = re.search(r'(?:tools|configs)/[\w/]+\.(?:py|sh)', word)
+    if path:
+        assert all((ROOT / part).is_file() for part in re.findall(path.re, word))
+    elif word.startswith('convmlp_mm.ConvMLP('):
+        assert len(eval(word, dict(convmlp_mm=convmlp_mm)).out_channels) == 4
+    elif word.startswith('convmlp_mm.get_model('):
+        given = ast.parse(word, mode='eval').body
+        name, options = given.args[0].value, {k.arg: k.value for k in given.keywords}
+        assert name in convmlp_mm.list_models()
+        inspect.signature(convmlp_mm.get_model).bind(name, **options)
+    elif word.startswith('type='):
+        assert MODELS.build(eval(f'dict({word})')).arch
+    elif '.' in word:
+        assert (
+            reduce(lambda node, key: node[key], word.split('.'), settings) is not None
+        )
+    else:
+        assert word in convmlp_mm.list_models()
+
+
+def test_layer_of_the_activation_map_has_its_channels_first():
+    model, shapes = convmlp_mm.ConvMLP(final_norm=True, out_indices=3).eval(), {}
+    layer = re.search(r'--target-layers (\S+)', PAGE).group(1)
+    for name, module in nn.Module.named_modules(model, prefix='backbone'):
+        if name in (layer, 'backbone.norm'):
+            module.register_forward_hook(
+                lambda *a, name=name: shapes.update({name: tuple(a[2].shape)})
+            )
+    model(torch.rand(1, 3, 64, 96))
+    assert shapes == {layer: (1, 512, 2, 3), 'backbone.norm': (1, 2, 3, 512)}

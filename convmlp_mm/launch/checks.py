@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
+from typing import NoReturn
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -217,13 +218,11 @@ def _paths_of(dataset: ConfigDict) -> dict[str, str]:
         prefixes = {'': prefixes}
     parts = {f'data_prefix.{key}'.rstrip('.'): p for key, p in prefixes.items()}
     parts['ann_file'] = dataset.get('ann_file')
-    paths = {key: osp.join(root, p) for key, p in parts.items() if _is_text(p)}
+    paths = {
+        key: osp.join(root, p) for key, p in parts.items() if isinstance(p, str) and p
+    }
     paths = {'data_root': root, **paths} if root else paths
     return {key: path for key, path in paths.items() if _is_local(path, dataset)}
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ''
 
 
 def _check_path(path: str, key: str) -> None:
@@ -290,28 +289,29 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
             annotation is of an image and a category of the file.
     """
     where = f'annotation file {os.fspath(path)!r}'
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f'{where}{what}')
+
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ValueError(f'{where} must hold a dict, but holds a {kind}')
+        refuse(f' must hold a dict, but holds a {type(content).__name__}')
     # The files of test sets have none.
     content = {'annotations': [], **content}
     for table, columns in COLUMNS.items():
         if table not in content:
-            raise ValueError(f'{where} has no {table!r}, but {_some(content)}')
+            refuse(f' has no {table!r}, but {_some(content)}')
         rows = content[table]
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f'{where}: {table} must be a list of dicts')
+            refuse(f': {table} must be a list of dicts')
         for key in columns:
             for i, row in enumerate(rows):
                 if key not in row:
-                    raise ValueError(
-                        f'{where}: no {key!r} in {table}[{i}], which has {_some(row)}'
-                    )
+                    refuse(f': no {key!r} in {table}[{i}], which has {_some(row)}')
         twice = _twice(row['id'] for row in rows)
         if twice:
-            raise ValueError(f'{where}: ids stand twice in {table}: {_some(twice)}')
+            refuse(f': ids stand twice in {table}: {_some(twice)}')
     if not content['images']:
-        raise ValueError(f'{where}: images is empty')
+        refuse(': images is empty')
     sizes = {row['id']: [row['height'], row['width']] for row in content['images']}
     wrong = [
         name
@@ -319,8 +319,7 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
         if not all(isinstance(side, Real) and side > 0 for side in size)
     ]
     if wrong:
-        what = 'width or height not above 0'
-        raise ValueError(f'{where}: {what} in images {_some(wrong)}')
+        refuse(f': width or height not above 0 in images {_some(wrong)}')
     used = content['annotations']
     for key, table in (('image_id', 'images'), ('category_id', 'categories')):
         there = {row['id'] for row in content[table]}
@@ -331,9 +330,7 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
             _warn(f'{where}: {len(unknown)} of {len(used)} {what}: {names}')
             used = [row for row in used if row[key] in there]
     if content['annotations'] and not used:
-        raise ValueError(
-            f'{where}: all annotations are of other images or categories than it has'
-        )
+        refuse(': all annotations are of other images or categories than it has')
     faults: dict[str, list] = {}
     for row in used:
         fault = _find_fault(row, sizes[row['image_id']])
@@ -341,7 +338,7 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
             faults.setdefault(fault, []).append(row['id'])
     for fault, ids in faults.items():
         if not fault.startswith('boxes'):
-            raise ValueError(f'{where}: {fault} in annotations {_some(ids)}')
+            refuse(f': {fault} in annotations {_some(ids)}')
     for fault, ids in faults.items():
         count = f'{len(ids)} of {len(used)}'
         _warn(f'{where}: {count} {fault} (annotations {_some(ids)})')

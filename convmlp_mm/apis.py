@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 
 import numpy as np
+from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.infer import BaseInferencer
@@ -14,6 +15,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import fit_checkpoint, read_checkpoint
 from .hooks.data import walk_datasets
@@ -58,10 +60,7 @@ def build_model(cfg: Config) -> BaseModel:
 
 
 def get_model(
-    name: str,
-    pretrained: bool | str = False,
-    device: str | None = None,
-    **changes: object,
+    name: str, pretrained: bool | str = False, device: str | None = None, **changes
 ) -> BaseModel:
     """Build a classifier, detector or segmentor by its name.
 
@@ -99,8 +98,7 @@ def get_inferencer(
 ) -> BaseInferencer:
     """Build the inferencer of the toolkit that a model belongs to, by name.
 
-    mmengine's inferencers know names of OpenMMLab's own packages only, and load weights
-    without checking them.
+    Those of the toolkits know no names of this package, and load weights unchecked.
 
     Args:
         name: See :func:`find_config`.
@@ -181,12 +179,12 @@ def load_weights(
         ValueError: If it is no file of weights, or does not fit.
     """
     checkpoint = read_checkpoint(weights)
-    wanted = (partial, skip_heads)
-    state_dict, message = fit_checkpoint(model, checkpoint, weights, *wanted)
+    options = (partial, skip_heads)
+    state_dict, message = fit_checkpoint(model, checkpoint, weights, *options)
     # Not strict only for what has been found to be missing rightly.
     model.load_state_dict(state_dict, strict=False)
     print_log(message, logger='current')
-    # Else a Runner that is given the model initialises it once more.
+    # A Runner that is given the model would initialise it once more.
     model.is_init = True
     # A data set may find its classes in the data: the Runner saves them.
     meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
@@ -197,12 +195,11 @@ def load_weights(
 def switch_to_deploy(model: nn.Module) -> None:
     """Fold each BN that can be folded into the convolution before it.
 
-    Those of backbones that say how (``switch_to_deploy``, as :class:`ConvMLP` and
-    RepVGG), and those of mmcv's ``ConvModule`` in necks and heads, but for
-    convolutions that several norms share. Others stay, since only their order in
-    ``forward`` tells what they follow. Outputs stay, to rounding. Necks and heads that
-    compute the same from channels-last maps of a :class:`ConvMLP` get them (see
-    :func:`convmlp_mm.hooks.model.use_channels_last`).
+    These are the BNs of backbones that have ``switch_to_deploy``, such as
+    :class:`ConvMLP` and RepVGG, and of mmcv's ``ConvModule``, unless several norms
+    share its convolution. Outputs stay, to rounding. Necks and heads that compute the
+    same from channels-last maps of a :class:`ConvMLP` get them, see
+    :func:`convmlp_mm.hooks.model.use_channels_last`.
 
     Args:
         model: For inference only; changed in place and put into evaluation mode. The
@@ -211,8 +208,6 @@ def switch_to_deploy(model: nn.Module) -> None:
     Examples:
         ``switch_to_deploy(get_model('retinanet_convmlp_s', 'last.pth'))``
     """
-    from mmcv.cnn import fuse_conv_bn
-
     from .hooks.model import use_channels_last
 
     model.eval()
@@ -230,14 +225,11 @@ def switch_to_deploy(model: nn.Module) -> None:
 
 def _can_fold(module: nn.Module) -> bool:
     """Tell whether a BN with statistics of its own follows the convolution at once."""
-    from mmcv.cnn import ConvModule
-
-    if not isinstance(module, ConvModule) or not module.with_norm:
-        return False
     return (
-        type(module.conv) is nn.Conv2d
+        isinstance(module, ConvModule)
+        and type(module.conv) is nn.Conv2d
         and module.order[:2] == ('conv', 'norm')
-        and isinstance(module.norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        and isinstance(module.norm, _BatchNorm)
         and module.norm.affine
         and module.norm.track_running_stats
     )

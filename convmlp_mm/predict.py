@@ -132,12 +132,8 @@ class Predictor:
     ) -> None:
         """Add the prediction of an image to the results.
 
-        Args:
-            name: Its name in the folder.
-            size: Height and width in pixels.
-            sample: The prediction.
-            label_map: The file of a segmentor's label map.
-            drawn: The file that shows the prediction.
+        ``name`` is that of the image in the folder, ``size`` its height and width in
+        pixels, ``label_map`` a segmentor's label map, and ``drawn`` the drawing.
         """
         image = dict(id=len(self.images) + 1, file_name=name, picture=drawn)
         self.images.append(dict(image, height=int(size[0]), width=int(size[1])))
@@ -229,6 +225,7 @@ class DetectionPredictor(Predictor):
 
         found = sample.pred_instances
         found = found[found.scores >= self.score_thr].cpu().numpy()
+        masks = encode_mask_results(found.get('masks', []))
         records = []
         for i, (x1, y1, x2, y2) in enumerate(found.bboxes.tolist()):
             box = [x1, y1, x2 - x1, y2 - y1]
@@ -240,10 +237,10 @@ class DetectionPredictor(Predictor):
                 score=round(float(found.scores[i]), 5),
                 iscrowd=0,
             )
-            if 'masks' in found:
-                (mask,) = encode_mask_results([found.masks[i]])
-                size = list(map(int, mask['size']))
-                record['segmentation'] = dict(size=size, counts=mask['counts'].decode())
+            if masks:
+                size = list(map(int, masks[i]['size']))
+                counts = masks[i]['counts'].decode()
+                record['segmentation'] = dict(size=size, counts=counts)
                 record['area'] = int(found.masks[i].sum())
             records.append(record)
         return records

@@ -34,6 +34,10 @@ MODELS = {
 }
 
 
+SIZES = {name: (48, 64) for name in ('a.jpg', 'b.jpg', 'more/c.jpg')}
+SIZES['b.png'] = (64, 40)
+
+
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
     """Files with drawn weights, whose scores differ widely, by name of the model."""
@@ -43,11 +47,9 @@ def weights(tmp_path_factory):
         path = folder / f'{name}.pth'
         if not path.exists():
             state = get_model(name).state_dict()
-            drawn = {
-                key: draw(key, value.shape).to(value.dtype)
-                for key, value in state.items()
-            }
-            torch.save(drawn, path)
+            for key, value in state.items():
+                state[key] = draw(key, value.shape).to(value.dtype)
+            torch.save(state, path)
         return path
 
     return make
@@ -59,8 +61,7 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp('images')
     (folder / 'more').mkdir()
     rng = np.random.default_rng(0)
-    sizes = {'a.jpg': (48, 64), 'b.jpg': (48, 64), 'b.png': (64, 40)}
-    for name, size in {**sizes, 'more/c.jpg': (48, 64)}.items():
+    for name, size in SIZES.items():
         pixels = rng.integers(0, 255, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(folder / name)
     whole = (folder / 'a.jpg').read_bytes()
@@ -70,10 +71,21 @@ def images(tmp_path_factory):
     return folder
 
 
+def predict(tool, config, weights, source, out, *options):
+    """Run the tool; return what it said, and the results that it has written."""
+    command = ['predict.py', config, weights, source, '--out', out, '--device', 'cpu']
+    done = tool(*command, *options)
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} is no JSON')
+
+    content = (out / 'results.json').read_text()
+    return done, json.loads(content, parse_constant=refuse)
+
+
 def run(tool, name, weights, source, out, *options):
     settings = ['--cfg-options', *MODELS[name]] if MODELS[name] else []
-    command = ['predict.py', name, weights(name), source, '--out', out]
-    return tool(*command, '--device', 'cpu', *options, *settings)
+    return predict(tool, name, weights(name), source, out, *options, *settings)
 
 
 @pytest.mark.parametrize('name', [m for m in MODELS if not m.startswith('mask')])
@@ -81,19 +93,13 @@ def test_folder_is_predicted_and_bad_files_are_named(
     tool, weights, images, tmp_path, name
 ):
     out = tmp_path / 'out'
-    done = run(tool, name, weights, images, out, '--score-thr', '0')
+    done, results = run(tool, name, weights, images, out, '--score-thr', '0')
     assert done.returncode == 1, done.stderr
     assert 'predicted 4 of 6 images' in done.stdout
     assert 'skipped broken.jpg' in done.stderr and 'skipped text.png' in done.stderr
-    results = json.loads((out / 'results.json').read_text())
     assert [i['file_name'] for i in results['skipped']] == ['broken.jpg', 'text.png']
     sizes = {i['file_name']: (i['height'], i['width']) for i in results['images']}
-    assert sizes == {
-        'a.jpg': (48, 64),
-        'b.jpg': (48, 64),
-        'b.png': (64, 40),
-        'more/c.jpg': (48, 64),
-    }
+    assert sizes == SIZES
     pictures = {p.relative_to(out / 'vis').as_posix() for p in out.rglob('vis/**/*.*')}
     assert pictures == {'a.jpg', 'b.jpg.jpg', 'b.png.jpg', 'more/c.jpg'}
     for path in out.rglob('*.*'):
@@ -102,8 +108,8 @@ def test_folder_is_predicted_and_bad_files_are_named(
 
 def test_classes_are_those_of_the_model(tool, weights, images, tmp_path):
     name = 'convmlp_s_imagenet'
-    run(tool, name, weights, images, tmp_path / 'out', '--batch-size', '3')
-    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    options = ['--batch-size', '3']
+    _, results = run(tool, name, weights, images, tmp_path / 'out', *options)
     inferencer = get_inferencer(name, str(weights(name)), 'cpu')
     for image, found in zip(results['images'], results['predictions'], strict=True):
         (expected,) = inferencer(str(images / image['file_name']))
@@ -116,16 +122,12 @@ def test_classes_are_those_of_the_model(tool, weights, images, tmp_path):
 
 @pytest.mark.parametrize('name', ['retinanet_convmlp_s', 'mask_rcnn_convmlp_s'])
 def test_detections_are_in_the_format_of_coco(tool, weights, images, tmp_path, name):
-    def predict(batch_size, threshold):
-        out = tmp_path / f'{batch_size}-{threshold}'
-        options = ['--batch-size', batch_size, '--score-thr', threshold]
-        run(tool, name, weights, images, out, *options)
-        return json.loads((out / 'results.json').read_text())
-
-    everything = predict(2, 0)
+    options = ['--batch-size', 2, '--score-thr', 0]
+    _, everything = run(tool, name, weights, images, tmp_path / 'two', *options)
     scores = [a['score'] for a in everything['annotations']]
     threshold = sum(sorted(set(scores))[len(set(scores)) // 2 - 1 :][:2]) / 2
-    alone = predict(1, threshold)
+    options = ['--score-thr', threshold]
+    _, alone = run(tool, name, weights, images, tmp_path / 'one', *options)
     assert alone['images'] == everything['images']
     expected = [a for a in everything['annotations'] if a['score'] >= threshold]
     for one, two in zip(alone['annotations'], expected, strict=True):
@@ -155,8 +157,7 @@ def test_detections_are_in_the_format_of_coco(tool, weights, images, tmp_path, n
 
 def test_label_maps_have_the_class_of_each_pixel(tool, weights, images, tmp_path):
     name = 'semantic_fpn_convmlp_s'
-    run(tool, name, weights, images / 'b.png', tmp_path / 'out')
-    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    _, results = run(tool, name, weights, images / 'b.png', tmp_path / 'out')
     (found,) = results['predictions']
     labels = np.asarray(Image.open(tmp_path / 'out' / found['label_map']))
     assert labels.shape == (64, 40) and labels.dtype == np.uint8
@@ -222,7 +223,7 @@ def test_flips_of_segmentation_tta_make_the_prediction_symmetric(weights, images
         # Loads an array, which can be mirrored.
         transform = TRANSFORMS.build(cfg.tta_pipeline[1])
 
-    def predict(pixels):
+    def segment(pixels):
         shape = pixels.shape[:2]
         image = dict(img=pixels, img_path='', img_shape=shape, ori_shape=shape)
         data = transform(image)
@@ -232,7 +233,7 @@ def test_flips_of_segmentation_tta_make_the_prediction_symmetric(weights, images
             return labels_of(model.test_step(data)[0])
 
     pixels = np.array(Image.open(images / 'a.jpg'))
-    labels, mirrored = predict(pixels), predict(pixels[:, ::-1].copy())
+    labels, mirrored = segment(pixels), segment(pixels[:, ::-1].copy())
     assert labels.shape == (48, 64) and len(np.unique(labels)) > 1
     assert (labels == mirrored[:, ::-1]).mean() > 0.999
 
@@ -284,11 +285,9 @@ def test_no_two_images_share_a_file(tool, small, tmp_path, kind):
     (tmp_path / 'images' / 'zero.jpg').symlink_to('/dev/zero')
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / 'images' / 'socket.jpg'))
-        out = tmp_path / 'out'
-        command = ['predict.py', config, weights, tmp_path / 'images', '--out', out]
-        done = tool(*command, '--device', 'cpu', '--score-thr', '0')
+        out, rest = tmp_path / 'out', (tmp_path / 'out', '--score-thr', '0')
+        done, results = predict(tool, config, weights, tmp_path / 'images', *rest)
     assert done.returncode == 1, done.stderr
-    results = json.loads((out / 'results.json').read_text())
     reason = 'it is a pipe, socket or device'
     assert results['skipped'] == [
         dict(file_name=f'{name}.jpg', reason=reason)
@@ -309,39 +308,37 @@ def test_no_two_images_share_a_file(tool, small, tmp_path, kind):
     assert len({name.casefold() for name in written}) == len(written)
 
 
-# Of those of detectors, mmdet drops all that are below a threshold, or no number.
+@pytest.fixture
+def pair(tmp_path):
+    """A folder of two images."""
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for name in 'ab':
+        Image.fromarray(tiny.picture()).save(folder / f'{name}.jpg')
+    return folder
+
+
+# mmdet drops the detections that are below a threshold, or no number.
 @pytest.mark.parametrize('kind', ['classifier', 'segmentor'])
-def test_prediction_that_is_not_finite_is_skipped(tool, small, tmp_path, kind):
+def test_prediction_that_is_not_finite_is_skipped(tool, small, tmp_path, pair, kind):
     config, weights = small(kind)
     state = torch.load(weights)
-    # Finite as they are, but not their products.
+    # The weights are finite, but their products are not.
     large = [k for k in state if k.endswith('.weight') and ('head' in k or 'norm' in k)]
     state.update({key: torch.full_like(state[key], 3e38) for key in large})
     torch.save(state, tmp_path / 'large.pth')
-    images, out = tmp_path / 'images', tmp_path / 'out'
-    images.mkdir()
-    for name in 'ab':
-        Image.fromarray(tiny.picture()).save(images / f'{name}.jpg')
-    command = ['predict.py', config, tmp_path / 'large.pth', images, '--out', out]
-    done = tool(*command, '--device', 'cpu', '--score-thr', '0')
+    out, options = tmp_path / 'out', ('--score-thr', '0')
+    done, results = predict(tool, config, tmp_path / 'large.pth', pair, out, *options)
     assert done.returncode == 1
-    content = (out / 'results.json').read_text()
-    assert 'NaN' not in content and 'Infinity' not in content
-    results = json.loads(content)
     skipped = {entry['file_name']: entry['reason'] for entry in results['skipped']}
     assert results['images'] == [] and list(skipped) == ['a.jpg', 'b.jpg']
     assert 'not finite' in skipped['a.jpg']
 
 
-def test_picture_that_cannot_be_written_costs_no_other(tool, small, tmp_path):
-    config, weights = small('classifier')
-    images, out = tmp_path / 'images', tmp_path / 'out'
+def test_picture_that_cannot_be_written_costs_no_other(tool, small, tmp_path, pair):
+    out = tmp_path / 'out'
     (out / 'vis' / 'a.jpg').mkdir(parents=True)
-    images.mkdir()
-    for name in 'ab':
-        Image.fromarray(tiny.picture()).save(images / f'{name}.jpg')
-    done = tool('predict.py', config, weights, images, '--out', out, '--device', 'cpu')
+    done, results = predict(tool, *small('classifier'), pair, out)
     assert done.returncode == 1
-    results = json.loads((out / 'results.json').read_text())
     assert [entry['file_name'] for entry in results['skipped']] == ['a.jpg']
     assert [image['file_name'] for image in results['images']] == ['b.jpg']

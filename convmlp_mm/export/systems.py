@@ -34,8 +34,7 @@ class Graph(nn.Module):
         model: A model of a toolkit.
         compute: Maps model, preprocessed images and their size before padding to the
             outputs.
-        outputs: Their names, each with the names of its open axes and the lengths that
-            an exporter does not find by itself.
+        outputs: Their names, each with its open axes and the lengths to be stated.
         notes: Properties of the file beside those that all files have.
     """
 
@@ -44,7 +43,7 @@ class Graph(nn.Module):
         model: BaseModel,
         compute: Callable[..., tuple[Tensor, ...]],
         outputs: dict[str, dict[int, str | int]],
-        **notes: object,
+        **notes,
     ) -> None:
         super().__init__()
         self.model, self.compute = model, compute
@@ -84,19 +83,13 @@ def _require(name: str, value: object, allowed: object, fits: bool = False) -> N
 
 def backbone(model: BaseModel) -> Graph:
     """Export the backbone of any model: ``feature_0`` and so on, (N, C, h, w)."""
-
-    def compute(backbone, images, size):
-        return tuple(backbone(images))
-
     with torch.no_grad():
         number = len(model.backbone(torch.zeros(1, 3, 128, 128)))
-    outputs = {
-        f'feature_{i}': {0: 'batch', 2: f'height_{i}', 3: f'width_{i}'}
-        for i in range(number)
-    }
+    axes = [{0: 'batch', 2: f'height_{i}', 3: f'width_{i}'} for i in range(number)]
+    outputs = {f'feature_{i}': one for i, one in enumerate(axes)}
     given = {k: getattr(model.backbone, k, None) for k in ('strides', 'out_channels')}
     notes = {k: list(value) for k, value in given.items() if value is not None}
-    graph = Graph(model, compute, outputs, **notes)
+    graph = Graph(model, lambda backbone, x, size: tuple(backbone(x)), outputs, **notes)
     # The file holds no weights of neck and head.
     graph.model = model.backbone
     return graph
@@ -109,15 +102,15 @@ def classifier(model: BaseModel) -> Graph:
     def compute(model, images, size):
         return (model(images, mode='tensor').softmax(dim=1),)
 
-    kind = type(model.head).__name__
-    _require('head', kind, 'a ClsHead', isinstance(model.head, ClsHead))
+    fits = isinstance(model.head, ClsHead)
+    _require('head', type(model.head).__name__, 'a ClsHead', fits)
     return Graph(model, compute, dict(scores={0: 'batch'}))
 
 
 def segmentor(model: BaseModel) -> Graph:
-    """Export a segmentor of whole images.
+    """Export a segmentor of whole images: ``labels`` and ``logits``.
 
-    It gives ``labels`` (N, H, W), int64, and ``logits`` (N, classes, H, W).
+    They are (N, H, W), int64, and (N, classes, H, W).
     """
     from mmseg.models.utils import Upsample
 
@@ -132,19 +125,16 @@ def segmentor(model: BaseModel) -> Graph:
     channels = model.out_channels
     _require('decode_head.out_channels', channels, 'above 1', channels > 1)
     for module in model.modules():
-        if isinstance(module, Upsample) and not module.size:
-            _free_size(module)
+        if not isinstance(module, Upsample) or module.size:
+            continue
+        # Its own int(side * factor), which is the same for these, fixes the size.
+        if float(module.scale_factor).is_integer():
+            options = dict(mode=module.mode, align_corners=module.align_corners)
+            options['scale_factor'] = module.scale_factor
+            module.forward = partial(F.interpolate, **options)
     labels = {0: 'batch', 1: 'height', 2: 'width'}
     logits = {0: 'batch', 2: 'height', 3: 'width'}
     return Graph(model, compute, dict(labels=labels, logits=logits))
-
-
-def _free_size(upsample: nn.Module) -> None:
-    """Replace ``int(side * factor)``, which fixes the size, where they are the same."""
-    factor = upsample.scale_factor
-    if float(factor).is_integer():
-        settings = dict(mode=upsample.mode, align_corners=upsample.align_corners)
-        upsample.forward = partial(F.interpolate, scale_factor=factor, **settings)
 
 
 def retinanet(model: BaseModel) -> Graph:
@@ -155,9 +145,9 @@ def retinanet(model: BaseModel) -> Graph:
     have the label ``NO_LABEL`` and 0 else.
     """
     head, cfg = model.bbox_head, model.bbox_head.test_cfg
-    coder = type(head.bbox_coder).__name__
     _require('bbox_head', type(head).__name__, 'RetinaHead')
     _require('bbox_head.loss_cls.use_sigmoid', head.use_sigmoid_cls, True)
+    coder = type(head.bbox_coder).__name__
     _require('bbox_head.bbox_coder', coder, 'DeltaXYWHBBoxCoder')
     _require('test_cfg.nms.type', cfg.nms.get('type'), 'nms')
     for key in ('nms_pre', 'max_per_img'):
@@ -168,9 +158,7 @@ def retinanet(model: BaseModel) -> Graph:
     return Graph(model, _detect, outputs, test_cfg=cfg.to_dict())
 
 
-def _detect(
-    model: BaseModel, images: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _detect(model: BaseModel, images: Tensor, size: tuple) -> tuple[Tensor, ...]:
     """Compute what :func:`retinanet` gives."""
     head, cfg = model.bbox_head, model.bbox_head.test_cfg
     logits, deltas = head(model.extract_feat(images))
@@ -195,7 +183,7 @@ def _detect(
 
 def _decode_best(
     head: nn.Module, logits: Tensor, deltas: Tensor, anchors: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Decode the ``nms_pre`` pairs of box and class of a level with the best scores.
 
     Logits (N, A * classes, H, W), deltas (N, A * 4, H, W) and anchors (H * W * A, 4)

@@ -13,23 +13,12 @@ import argparse
 import os.path as osp
 from collections.abc import Mapping
 
-from convmlp_mm.checkpoint_io import (
-    CheckpointError,
-    check_content,
-    dump_checkpoint,
-    read_checkpoint,
-)
+from convmlp_mm import checkpoint_io, layouts
 from convmlp_mm.files import check_output, write_file
 from convmlp_mm.launch import one_line_errors
-from convmlp_mm.layouts import (
-    name_as_model,
-    say_taken,
-    to_mm_layout,
-    to_published_layout,
-)
 from convmlp_mm.weights import check_tensors
 
-LAYOUTS = {'mm': to_mm_layout, 'published': to_published_layout}
+LAYOUTS = {'mm': layouts.to_mm_layout, 'published': layouts.to_published_layout}
 
 
 def main() -> None:
@@ -46,7 +35,7 @@ def main() -> None:
     with one_line_errors():
         check_output(args.out, args.overwrite)
         skipped = []
-        checkpoint = read_checkpoint(args.checkpoint, skipped=skipped)
+        checkpoint = checkpoint_io.read_checkpoint(args.checkpoint, skipped=skipped)
         if args.key:
             if not isinstance(checkpoint.get(args.key), Mapping):
                 raise KeyError(
@@ -54,17 +43,17 @@ def main() -> None:
                     f'{", ".join(checkpoint)}'
                 )
             checkpoint = dict(checkpoint, state_dict=checkpoint.pop(args.key))
-            check_content(checkpoint, args.checkpoint)
+            checkpoint_io.check_content(checkpoint, args.checkpoint)
         try:
             converted = LAYOUTS[args.to](checkpoint)
-            check_tensors(name_as_model(converted), args.checkpoint)
-        except CheckpointError:
+            check_tensors(layouts.name_as_model(converted), args.checkpoint)
+        except checkpoint_io.CheckpointError:
             raise
         except ValueError as error:
             raise ValueError(f'checkpoint {args.checkpoint!r}: {error}') from error
-        write_file(args.out, dump_checkpoint(converted), args.overwrite)
+        write_file(args.out, checkpoint_io.dump_checkpoint(converted), args.overwrite)
     tensors = converted.get('state_dict', converted)
-    taken = say_taken(checkpoint)
+    taken = layouts.say_taken(checkpoint)
     print(f'wrote {args.out}: {len(tensors)} tensors, layout {args.to!r}{taken}')
     if skipped:
         print(f'left out: objects of {", ".join(dict.fromkeys(skipped))}')

@@ -20,10 +20,8 @@ from convmlp_mm.config_files import find_config
 from convmlp_mm.export import FORMATS, OPSETS, check_request, export, verify, write
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images, read_whole_image
+from convmlp_mm.toolkits import default_shape
 from convmlp_mm.zoo import published_weights
-
-# Height and width in pixels, by toolkit, as the systems of the paper are tested.
-SHAPES = dict(mmpretrain=(224, 224), mmdet=(800, 1280), mmseg=(512, 512))
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     add('out', type=osp.expanduser, help='file to write: .onnx, or .pt2 (torch)')
     add('--format', choices=tuple(FORMATS), default='onnx', help='default: onnx')
     add('--part', choices=('model', 'backbone'), default='model', help='default: model')
-    text = 'pixels to compare at; default: those of the systems of the paper'
+    text = 'pixels to compare at; default: the size of its tests'
     add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--images', help='image or folder to compare on; default: three drawn images')
     add('--opset', type=int, choices=OPSETS, default=OPSETS[-1])
@@ -72,7 +70,7 @@ def main() -> None:
                 digest = hash_file(locate_checkpoint(weights))
                 stated += f' (SHA-256 {digest[:8]})'
         notes = dict(config=args.config, weights=stated, version=__version__)
-        shape = tuple(args.shape or SHAPES[cfg.default_scope])
+        shape = tuple(args.shape or default_shape(cfg))
         exported = export(model, shape, *wanted, args.opset, notes)
         verify(exported, model, images)
         write(exported, args.out, args.overwrite)

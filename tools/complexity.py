@@ -89,7 +89,7 @@ def _give_boxes(model: nn.Module) -> None:
     Which boxes an RPN keeps depends on values; as many as it may keep are counted.
     """
 
-    def propose(feats: Sequence[Tensor], *args: object, **kwargs: object) -> list:
+    def propose(feats: Sequence[Tensor], *args, **kwargs) -> list[InstanceData]:
         model.rpn_head(feats)
         boxes = feats[0].new_zeros(model.test_cfg.rpn.max_per_img, 4)
         return [InstanceData(bboxes=boxes)]
@@ -130,16 +130,17 @@ def _describe(model: nn.Module, outputs: list, shape: tuple[int, int]) -> tuple:
 
 def format_costs(costs: list[Complexity], style: str) -> str:
     """Format a table, in the units of its header but for CSV."""
+    columns = ('params', 1e6, 'M'), ('MACs', 1e9, 'G'), ('activations', 1e6, 'M')
     exact = style == 'csv'
-    columns = dict(params=(1e6, 'M'), MACs=(1e9, 'G'), activations=(1e6, 'M'))
-    header = [key if exact else f'{key} ({u})' for key, (_, u) in columns.items()]
+    header = [key if exact else f'{key} ({letter})' for key, _, letter in columns]
     rows = []
     for cost in costs:
-        counts = [getattr(cost, key.lower()) for key in columns]
-        units = [unit for unit, _ in columns.values()]
-        counts = [str(n) if exact else f'{n / u:.2f}' for n, u in zip(counts, units)]
-        maps = [' '.join(map(str, n)) or '-' for n in (cost.strides, cost.channels)]
-        rows.append([cost.name, '{}x{}'.format(*cost.shape), *counts, *maps])
+        row = [cost.name, '{}x{}'.format(*cost.shape)]
+        for key, unit, _ in columns:
+            number = getattr(cost, key.lower())
+            row.append(str(number) if exact else f'{number / unit:.2f}')
+        rows.append(row)
+        row += [' '.join(map(str, n)) or '-' for n in (cost.strides, cost.channels)]
     return format_table(['model', 'shape', *header, 'strides', 'channels'], rows, style)
 
 

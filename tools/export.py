@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     add('out', type=osp.expanduser, help='file to write: .onnx, or .pt2 (torch)')
     add('--format', choices=tuple(FORMATS), default='onnx', help='default: onnx')
     add('--part', choices=('model', 'backbone'), default='model', help='default: model')
-    text = 'pixels to compare at; default: those of the systems of the paper'
+    text = 'pixels to compare at; default: the size of its tests'
     add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--images', help='image or folder to compare on; default: three drawn images')
     add('--opset', type=int, choices=OPSETS, default=OPSETS[-1])

@@ -19,18 +19,9 @@ import numpy as np
 from mmengine.device import get_device
 from mmengine.utils import ProgressBar
 
-from convmlp_mm import get_inferencer
+from convmlp_mm import get_inferencer, launch, predict
 from convmlp_mm.apis import switch_to_deploy
 from convmlp_mm.checkpoint import check_output, write_file
-from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
-from convmlp_mm.launch.process import keep_memory
-from convmlp_mm.predict import (
-    labels_of,
-    list_images,
-    name_outputs,
-    predictor_of,
-    read_whole_image,
-)
 from convmlp_mm.zoo import find_config, published_weights
 
 
@@ -50,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     text = 'lowest score of the detections that are kept (default: %(default)s)'
     add('--score-thr', type=float, default=0.3, help=text)
     add('--overwrite', action='store_true', help='replace files in OUT')
-    add_cfg_options(parser)
+    launch.add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -59,7 +50,7 @@ def batches(images: list[str], batch_size: int, mixed: bool, skip: Callable):
     batch = {}
     for image in images:
         try:
-            size = read_whole_image(image).shape[:2]
+            size = predict.read_whole_image(image).shape[:2]
         except Exception as error:  # Pillow raises what it likes for broken files.
             skip(image, error)
             continue
@@ -82,28 +73,27 @@ def save_image(path: str, pixels: np.ndarray) -> None:
 
 def main() -> int:
     args = parse_args()
-    with one_line_errors():
+    with launch.one_line_errors():
         if args.batch_size < 1:
             raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr must be in [0, 1], got {args.score_thr}')
-        images = list_images(args.input)
+        images = predict.list_images(args.input)
         report = osp.join(args.out, 'results.json')
         if osp.isdir(args.out):
             check_output(report, args.overwrite)
         cfg = find_config(args.config)
-        merge_options(cfg, args.cfg_options or {})
-        weights = args.weights
-        if weights == 'published':
-            weights = published_weights(args.config)
+        launch.merge_options(cfg, args.cfg_options or {})
+        public = args.weights == 'published'
+        weights = published_weights(args.config) if public else args.weights
         if (args.device or get_device()) == 'cpu':
-            keep_memory()
+            launch.keep_memory()
         inferencer = get_inferencer(cfg, weights, args.device)
         switch_to_deploy(inferencer.model)
         os.makedirs(args.out, exist_ok=True)
     root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
-    names = name_outputs(images, root)
-    results = predictor_of(inferencer, args.score_thr)
+    names = predict.name_outputs(images, root)
+    results = predict.predictor_of(inferencer, args.score_thr)
     bar = ProgressBar(len(images), file=sys.stderr)
 
     def skip(path: str, error: Exception) -> None:
@@ -124,7 +114,7 @@ def main() -> int:
                 if cfg.default_scope == 'mmseg':
                     # Label maps of more than 256 classes need 16 bits.
                     kind = 'uint8' if len(results.classes) <= 256 else 'uint16'
-                    labels = labels_of(sample).astype(kind)
+                    labels = predict.labels_of(sample).astype(kind)
                     save_image(osp.join(args.out, label_map), labels)
             except (OSError, ValueError) as error:
                 skip(path, error)
@@ -133,7 +123,7 @@ def main() -> int:
             bar.update()
     info = dict(config=args.config, weights=weights, score_thr=args.score_thr)
     content = json.dumps(results.content(**info), indent=1, allow_nan=False)
-    with one_line_errors():
+    with launch.one_line_errors():
         write_file(report, content, overwrite=True)
     done = f'{len(results.images)} of {len(images)} images'
     print(f'\npredicted {done}: {report} and {osp.join(args.out, "vis")}')

@@ -46,21 +46,17 @@ def parse_args() -> argparse.Namespace:
 
 def choose_bfloat16(wrapper: ConfigDict) -> None:
     """Set the only mixed precision of a CPU where it is faster than float32."""
+    if has_bfloat16():
+        wrapper.dtype = wrapper.get('dtype') or 'bfloat16'
     dtype = wrapper.get('dtype')
-    if dtype is None and has_bfloat16():
-        wrapper.dtype = dtype = 'bfloat16'
-    if dtype != 'bfloat16':
-        advice = (
-            ''
-            if dtype
-            else (
-                ', and this processor does not compute in bfloat16: '
-                '--cfg-options optim_wrapper.dtype=bfloat16 emulates it'
-            )
-        )
+    if dtype is None:
         raise ValueError(
-            '--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is '
-            f'{dtype}{advice}'
+            '--amp on the CPU trains in bfloat16, in which this processor does not '
+            'compute: --cfg-options optim_wrapper.dtype=bfloat16 emulates it'
+        )
+    if dtype != 'bfloat16':
+        raise ValueError(
+            f'--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is {dtype}'
         )
 
 
@@ -94,11 +90,10 @@ def choose_start(cfg: Config, resume: str | None) -> None:
     if saved is not None:
         cfg.resume, cfg.load_from = True, saved
     elif resume == 'auto':
-        # With nothing to resume, load_from of the configuration stays.
         newest = find_latest_checkpoint(cfg.work_dir)
         cfg.resume = newest is not None
-        if cfg.resume:
-            cfg.load_from = newest
+        # With nothing to resume, load_from of the configuration stays.
+        cfg.load_from = newest or cfg.get('load_from')
     elif resume is not None:
         launch.check_checkpoint(resume)
         cfg.resume, cfg.load_from = True, resume

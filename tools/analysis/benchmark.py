@@ -9,7 +9,6 @@ round by round; weights are random and images are noise.
 options of a model, after @:
   deploy         BN folded into the convolutions (infer)
   bf16           bfloat16: the model itself (infer), autocast (train)
-  compile        torch.compile
   channels-last  weights and images in channels-last memory
 """
 
@@ -47,20 +46,11 @@ from convmlp_mm.launch.tables import format_table
 from convmlp_mm.toolkits import default_shape, toolkit_of
 from convmlp_mm.zoo import WORKER_KEYS, find_config
 
-OPTIONS = ('deploy', 'bf16', 'compile', 'channels-last')
+OPTIONS = ('deploy', 'bf16', 'channels-last')
 PUBLISHED = 'published::'
 REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
 # Largest difference over the largest value, in float64.
 TOLERANCE = 1e-6
-# Title, key in the JSON, factor and digits.
-COLUMNS = (
-    ('ms', 'median', 1e3, 2),
-    ('q1', 'q1', 1e3, 2),
-    ('q3', 'q3', 1e3, 2),
-    ('images/s', 'images_per_second', 1, 1),
-    ('ratio', 'ratio', 1, 3),
-    ('MiB', 'memory', 2**-20, 0),
-)
 
 
 class Entry(NamedTuple):
@@ -84,13 +74,12 @@ def parse_entry(text: str, mode: str) -> Entry:
     if 'deploy' in options and (published or mode != 'infer'):
         raise ValueError(f"{text!r}: 'deploy' is for infer, and not for {PUBLISHED}")
     cfg = find_config(name)
-    kind = published and (cfg.model.get('backbone') or {}).get('type')
+    kind = (cfg.model.get('backbone') or {}).get('type')
     if published and kind != 'ConvMLP':
         raise ValueError(f'{text!r} is for ConvMLP, but its backbone is {kind}')
     if published and not REFERENCE.is_file():
         raise ValueError(
-            f'{text!r} needs tests/reference.py, which a checkout of the project has '
-            'and an installed package has not'
+            f'{text!r} needs tests/reference.py, which only a checkout has'
         )
     return Entry(text, cfg, published, options)
 
@@ -153,9 +142,9 @@ def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dic
         from mmdet.testing import demo_mm_inputs
 
         # As many objects in each image as COCO has on average.
-        settings = dict(num_items=[7] * batch_size, num_classes=classes)
-        settings['with_mask'] = getattr(model, 'with_mask', False)
-        return demo_mm_inputs(batch_size, (3, *shape), **settings)
+        objects = dict(num_items=[7] * batch_size, num_classes=classes)
+        masks = getattr(model, 'with_mask', False)
+        return demo_mm_inputs(batch_size, (3, *shape), **objects, with_mask=masks)
     images = torch.randint(256, (batch_size, 3, *shape), dtype=torch.uint8)
     if scope == 'mmpretrain':
         from mmpretrain.structures import DataSample
@@ -213,8 +202,7 @@ def _inference(entry: Entry, model: nn.Module, batch: dict, layout):
     if model.cfg.default_scope == 'mmdet':
         arguments += [batch['data_samples'], 'tensor']
     model.to(dtype)
-    call = torch.compile(model) if 'compile' in entry.options else model
-    return torch.no_grad()(lambda: call(*arguments))
+    return torch.no_grad()(lambda: model(*arguments))
 
 
 def _training(entry: Entry, model: nn.Module, batch: dict, layout):
@@ -232,7 +220,6 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     # Some models ask the Runner how far it is.
     progress = dict(iter=0, epoch=0, max_iters=1, max_epochs=1)
     MessageHub.get_current_instance().update_info_dict(progress)
-    call = torch.compile(model) if 'compile' in entry.options else model
     device = next(model.parameters()).device.type
     mixed = 'bf16' in entry.options
 
@@ -243,7 +230,7 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
         with cast, wrapper.optim_context(model):
             data = model.data_preprocessor({**batch, 'data_samples': samples}, True)
             inputs = data['inputs'].contiguous(memory_format=layout)
-            losses = call(inputs, data['data_samples'], mode='loss')
+            losses = model(inputs, data['data_samples'], mode='loss')
         wrapper.update_params(model.parse_losses(losses)[0])
 
     return step
@@ -257,7 +244,9 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     if cuda:
         torch.cuda.set_device(torch.device(args.device).index or 0)
         before = torch.cuda.memory_allocated()
-    step = build_step(entry, shape, args)
+    print(f'preparing {entry.text}')
+    with launch.one_line_errors():
+        step = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.warmup):
@@ -274,33 +263,30 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
         entries = [parse_entry(text, args.mode) for text in args.models]
     if args.malloc:
         keep_memory()
-    timers, rows = [], []
-    for entry in entries:
-        print(f'preparing {entry.text}')
-        with launch.one_line_errors():
-            timer, row = prepare(entry, args)
-        timers.append(timer)
-        rows.append(row)
+    timers, rows = zip(*(prepare(entry, args) for entry in entries))
     draw, order = random.Random(0), []
     for i in range(args.rounds):
         print(f'round {i + 1}/{args.rounds}')
         order.append(draw.sample(range(len(rows)), len(rows)))
         for n in order[-1]:
-            found = timers[n].blocked_autorange(min_run_time=args.min_time)
+            found = timers[n].blocked_autorange(min_run_time=0.05)
             rows[n]['seconds'].append(found.median)
     for row in rows:
         summarize(row, rows[0]['seconds'], args.batch_size)
-    cells = [
-        [row['model']]
-        + ['-' if row[k] is None else f'{f * row[k]:.{d}f}' for _, k, f, d in COLUMNS]
-        for row in rows
-    ]
-    table = format_table(['model', *(column[0] for column in COLUMNS)], cells) + (
+    cells = []
+    for row in rows:
+        times = [f'{1e3 * row[key]:.2f}' for key in ('median', 'q1', 'q3')]
+        rates = [f'{row["images_per_second"]:.1f}', f'{row["ratio"]:.3f}']
+        memory = '-' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
+        cells.append([row['model'], *times, *rates, memory])
+    threads = torch.get_num_threads()
+    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB']
+    table = format_table(header, cells) + (
         f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
         f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
-        f'{torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n'
+        f'{torch.__version__}, {args.device}, {threads} threads\n'
     )
-    return dict(models=rows, order=order, threads=torch.get_num_threads()), table
+    return dict(models=rows, order=order, threads=threads), table
 
 
 def summarize(row: dict, first: list[float], batch_size: int) -> None:
@@ -372,14 +358,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     train = modes.add_parser('train', help='optimizer steps with preprocessing')
     data = modes.add_parser('data', help='loading of training data, without a model')
     for mode in (infer, train):
-        mode.add_argument('models', nargs='+', metavar='NAME[@OPTION,...]')
-        mode.add_argument('--batch-size', type=number, default=1)
-        mode.add_argument('--shape', type=number, nargs='+', help='height [and width]')
-        mode.add_argument('--device', default='cuda' if gpu else 'cpu')
-        mode.add_argument('--rounds', type=number, default=10)
-        mode.add_argument('--warmup', type=number, default=3, help='steps of each')
-        mode.add_argument('--min-time', type=float, default=0.05, help='of each turn')
-        mode.add_argument('--malloc', action='store_true', help='let it keep memory')
+        add = mode.add_argument
+        add('models', nargs='+', metavar='NAME[@OPTION,...]')
+        add('--batch-size', type=number, default=1)
+        add('--shape', type=number, nargs='+', help='height [and width]')
+        add('--device', default='cuda' if gpu else 'cpu')
+        add('--rounds', type=number, default=10)
+        add('--warmup', type=number, default=3, help='steps of each')
+        add('--malloc', action='store_true', help='let it keep memory')
     data.add_argument('config', help='configuration, named as the models are')
     launch.add_cfg_options(data)
     data.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])

@@ -49,12 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_models(args: argparse.Namespace, need_head: bool = True) -> list[StatedModel]:
     """Check all options of :func:`add_arguments`, then load the models."""
-    for option in ('weights', 'names'):
-        given = getattr(args, option)
-        if given and len(given) != len(args.models):
+    count = len(args.models)
+    weights = args.weights or ['none'] * count
+    names = args.names or [osp.basename(name.split('::')[-1]) for name in args.models]
+    for option, given in (('weights', weights), ('names', names)):
+        if len(given) != count:
             raise ValueError(
-                f'--{option} must be one for each of the {len(args.models)} models, '
-                f'but there are {len(given)}'
+                f'--{option} must be one for each of the {count} models, but there are '
+                f'{len(given)}'
             )
     if min(args.size) < 32:
         raise ValueError(f'--size must be at least 32 32, but got {args.size}')
@@ -62,9 +64,7 @@ def load_models(args: argparse.Namespace, need_head: bool = True) -> list[Stated
         raise ValueError(f'--out must end with .png, but got {args.out!r}')
     check_output(args.out, args.overwrite)
     configs = [find_config(name) for name in args.models]
-    weights = args.weights or ['none'] * len(args.models)
     weights = [find_weights(*pair) for pair in zip(args.models, weights)]
-    names = args.names or [osp.basename(name.split('::')[-1]) for name in args.models]
     jobs = zip(configs, weights, names)
     return [load_model(*job, need_head) for job in jobs]
 
@@ -162,9 +162,7 @@ def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
     axes.text(0, 0.56, '\n'.join(lines), fontsize=8, color=colour, va='top')
 
 
-def save_figure(
-    args: argparse.Namespace, figure: Figure, sources: list[StatedModel]
-) -> None:
+def save_figure(args: argparse.Namespace, figure: Figure, sources: list) -> None:
     """Write a figure whole or not at all, with the statements in its metadata."""
     stated = {source.name: source.weights for source in sources}
     metadata = dict(Description=json.dumps(stated), Software=None)

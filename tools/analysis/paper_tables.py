@@ -40,16 +40,9 @@ STYLES = {
     'MLP': dict(color='#A3458F', marker='o'),
     'ConvMLP': dict(color='#D55E00', marker='*'),
 }
-# Points from a marker to its label, and the alignment of the label.
-PLACES = {
-    'right': (8, 0, 'left', 'center'),
-    'left': (-8, 0, 'right', 'center'),
-    'above': (0, 6, 'center', 'bottom'),
-    'below': (0, -6, 'center', 'top'),
-    'above right': (2, 5, 'left', 'bottom'),
-    'above left': (-3, 5, 'right', 'bottom'),
-    'below right': (4, -5, 'left', 'top'),
-}
+# Points from a marker to its label, which is on the other side of them.
+PLACES = {'right': (8, 0), 'left': (-8, 0), 'above': (0, 6), 'below': (0, -6)}
+PLACES |= {'above right': (2, 5), 'above left': (-3, 5), 'below right': (4, -5)}
 
 
 def count(row: dict) -> complexity.Complexity | None:
@@ -107,10 +100,11 @@ def ablation(paper: list[dict], costs: list) -> str:
     header = ['switched on', 'epochs', 'params (M)', 'counted', 'GMACs', 'counted']
     lines = []
     for row, cost in zip(paper, costs):
-        lines.append([row['name'], str(row['epochs'])])
-        for key, value in (('params', cost.params / 1e6), ('gmacs', cost.macs / 1e9)):
-            lines[-1] += [f'{row[key]:.2f}', beside(value, row[key])]
-        lines[-1] += [f'{row["top1"]:.2f}', f'`{row["config"]}`']
+        params, macs = cost.params / 1e6, cost.macs / 1e9
+        cells = [row['name'], str(row['epochs'])]
+        cells += [f'{row["params"]:.2f}', beside(params, row['params'])]
+        cells += [f'{row["gmacs"]:.2f}', beside(macs, row['gmacs'])]
+        lines.append([*cells, f'{row["top1"]:.2f}', f'`{row["config"]}`'])
     return format_table([*header, 'top-1', 'counted is'], lines, 'markdown')
 
 
@@ -120,16 +114,18 @@ def systems(title: str, paper: list[dict], costs: list) -> str:
     lines = []
     for row, cost in zip(paper, costs):
         counts = [beside(n / 1e6, row['params']) for n in (cost.params, cost.trainable)]
-        lines.append([row['name'], f'{row["params"]:.1f}', *counts])
-        lines[-1] += [f'{cost.macs / 1e9:.2f}', f'`{row["config"]}`']
+        cells = [row['name'], f'{row["params"]:.1f}', *counts]
+        lines.append([*cells, f'{cost.macs / 1e9:.2f}', f'`{row["config"]}`'])
     return format_table([*header, 'counted is'], lines, 'markdown')
 
 
 def fill_page(paper: dict, costs: dict) -> str:
     """Put the tables between the marks of the page."""
     # The build for a GPU, which torch adds to its version, counts nothing.
-    modules = [(name, importlib.import_module(name)) for name in LIBRARIES]
-    found = [f'{name} {m.__version__.partition("+")[0]}' for name, m in modules]
+    found = [
+        f'{name} {importlib.import_module(name).__version__.partition("+")[0]}'
+        for name in LIBRARIES
+    ]
     blocks = classifiers(paper['table_3'], costs['table_3'])
     blocks['versions'] = f'with {", ".join(found)}.\n'
     blocks['table_2'] = ablation(paper['table_2'], costs['table_2'])
@@ -167,13 +163,18 @@ def draw_tradeoff(rows: list[dict]) -> Figure:
         for row in rows:
             place = row.get('label', ('right', 'right'))[panel]
             far = not isinstance(place, str)
-            *offset, ha, va = (*place, 'center', 'center') if far else PLACES[place]
-            line = dict(arrowstyle='-', color='0.6', lw=0.6, shrinkB=2) if far else None
-            ours = row['kind'] == 'ConvMLP'
-            look = dict(fontsize=11, weight='bold') if ours else dict(fontsize=8)
-            look.update(ha=ha, va=va, color=STYLES[row['kind']]['color'])
-            look.update(textcoords='offset points', arrowprops=line)
-            ax.annotate(row['name'], (row[key], row['top1']), xytext=offset, **look)
+            x, y = offset = place if far else PLACES[place]
+            look = dict(color=STYLES[row['kind']]['color'], fontsize=8)
+            if row['kind'] == 'ConvMLP':
+                look.update(fontsize=11, weight='bold')
+            if far:
+                line = dict(arrowstyle='-', color='0.6', lw=0.6, shrinkB=2)
+                look.update(arrowprops=line, ha='center', va='center')
+            else:
+                look['ha'] = 'left' if x > 0 else 'right' if x else 'center'
+                look['va'] = 'bottom' if y > 0 else 'top' if y else 'center'
+            style = dict(xytext=offset, textcoords='offset points', **look)
+            ax.annotate(row['name'], (row[key], row['top1']), **style)
     axes[1].legend(loc='lower right', title='figures: paper, Table 3')
     return figure
 

@@ -171,14 +171,15 @@ def write_split(root: Path, split: str, args: dict[str, int]) -> None:
         save(path, make_image(args['seed'], split, index, args['size'], label)[0])
 
 
-def make_dataset(out: Path, args: dict[str, int]) -> bool:
-    """Make all of a data set or nothing; False if the same one is there."""
+def make_dataset(out: Path, args: dict[str, int]) -> None:
+    """Make all of a data set or nothing, nor where the same one is there."""
     manifest = dict(format=FORMAT, arguments=args, classes=CLASSES)
     manifest = json.dumps(manifest, indent=1) + '\n'
+    file = out / 'dataset.json'
+    if file.is_file() and file.read_text() == manifest:
+        print(f'already there: {out}')
+        return
     if os.path.lexists(out):
-        file = out / 'dataset.json'
-        if file.is_file() and file.read_text() == manifest:
-            return False
         raise FileExistsError(f'{out} is not this data set: choose another folder')
     out.parent.mkdir(parents=True, exist_ok=True)
     # A hidden folder beside it can be renamed at once.
@@ -187,10 +188,12 @@ def make_dataset(out: Path, args: dict[str, int]) -> bool:
             write_split(Path(box, 'new'), split, args)
         Path(box, 'new', 'dataset.json').write_text(manifest)
         Path(box, 'new').rename(out)
-    return True
+    print(f'made: {out}')
 
 
 def main() -> None:
+    # A scheduler's polite stop cleans up as well.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=os.path.expanduser, help='folder to make')
     for name, (default, low, high) in OPTIONS.items():
@@ -202,13 +205,10 @@ def main() -> None:
         if not low <= args[name] <= high:
             parser.error(f'--{name} must be {low} to {high}, but got {args[name]}')
     try:
-        made = make_dataset(out, args)
+        make_dataset(out, args)
     except OSError as error:
         parser.error(str(error))
-    print(f'{"made" if made else "already there"}: {out}')
 
 
 if __name__ == '__main__':
-    # A scheduler's polite stop cleans up as well.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     main()

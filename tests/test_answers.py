@@ -3,11 +3,10 @@
 import ast
 import importlib
 import inspect
-import logging
 import re
 import socket
 import sys
-from functools import reduce
+from functools import partial, reduce
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
@@ -75,9 +75,16 @@ def detector(tmp_path, monkeypatch):
     tiny.write_data(tmp_path / 'data')
     tiny.write_config('my_detector.py', 'detector', tmp_path / 'data')
     with open('my_detector.py', 'a') as file:
-        file.write('num_classes = 2\n')
+        file.write(f'num_classes = 2\nexperiment_name = {tmp_path.name!r}\n')
     init_default_scope('mmdet')
     return Config.fromfile('my_detector.py')
+
+
+def recipes(answer, name):
+    """A configuration before and after the answer's settings."""
+    before, after = (Config.fromfile(convmlp_mm.config_path(name)) for _ in 'ab')
+    merge_options(after, settings_of(answer))
+    return before, after
 
 
 def failure(function, *args, **kwargs):
@@ -143,51 +150,50 @@ def two_bases(answer, tmp_path):
 
 
 @provokes('need at least one array to concatenate')
-def other_classes(answer, detector, tool):
-    data = detector.train_dataloader.dataset
-    data.metainfo.classes = ('dog',)
-    data.filter_cfg.filter_empty_gt = True
-    message = failure(build, 'DATASETS', data)
+def other_classes(answer, detector, tool, monkeypatch):
+    # Without the checks that a tool, perhaps in another test, has put around them.
+    datasets = importlib.import_module('mmdet.datasets')
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.CocoDataset, 'COCOAPI', datasets.api_wrappers.COCO)
+        for name in ('full_init', '_serialize_data'):
+            method = getattr(BaseDataset, name)
+            inner = [cell.cell_contents for cell in method.__closure__ or ()]
+            patch.setattr(BaseDataset, name, inner[0] if inner else method)
+        data = detector.train_dataloader.dataset
+        data.update(
+            metainfo=dict(classes=['dog']), filter_cfg=dict(filter_empty_gt=True)
+        )
+        message = failure(build, 'DATASETS', data)
+        merge_options(detector, settings_of(answer))
+        assert len(build('DATASETS', detector.train_dataloader.dataset)) == 4
     command = ['train.py', 'my_detector.py', '--work-dir', 'work', '--cfg-options']
     dogs = 'train_dataloader.dataset.metainfo.classes=[dog]'
     ours = tool(*command, 'model.bbox_head.num_classes=1', dogs).stderr
     assert 'has no category for 1 of the 1 names in metainfo.classes' in ours
-    assert tool(*command, 'train_cfg.max_epochs=1', *options_of(answer)).returncode == 0
     return message
 
 
 @provokes('The testing results of the whole dataset is empty')
-def no_boxes(answer, detector):
+def no_boxes(answer, detector, monkeypatch):
+    lines = []
+    monkeypatch.setattr(MMLogger, 'error', lambda logger, line: lines.append(line))
     metric = build('METRICS', detector.val_evaluator)
     metric.dataset_meta = dict(classes=tiny.CLASSES)
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(handler)
     found = dict(img_id=1, bboxes=np.zeros((0, 4)), scores=[], labels=[])
     metric.compute_metrics([(dict(img_id=1, height=48, width=64), found)])
-    logger.removeHandler(handler)
-    # mmdet's threshold, which the answer takes away.
-    cfg = Config.fromfile(convmlp_mm.config_path('retinanet_convmlp_s'))
-    assert cfg.model.test_cfg.score_thr > 0
-    merge_options(cfg, settings_of(answer))
-    assert cfg.model.test_cfg.score_thr == 0
-    return '\n'.join(lines)
+    before, after = recipes(answer, 'retinanet_convmlp_s')
+    assert before.model.test_cfg.score_thr > after.model.test_cfg.score_thr == 0
+    return lines[0]
 
 
 @provokes('loss is nan')
-def not_finite(answer, tmp_path, detector):
-    hook = convmlp_mm.FiniteLossHook()
-    detector.work_dir = str(tmp_path / 'work')
-    detector.experiment_name = 'not_finite'
-    runner = Runner.from_cfg(detector)
-    message = failure(
-        hook.after_train_iter, runner, 0, None, dict(loss=torch.tensor(float('nan')))
-    )
+def not_finite(answer, detector):
+    detector.work_dir = 'work'
     merge_options(detector, settings_of(answer))
-    wrapper = runner.build_optim_wrapper(detector.optim_wrapper)
-    assert wrapper.clip_grad_kwargs == dict(max_norm=1.0)
+    detector.model.bbox_head.loss_cls.loss_weight = float('nan')
+    runner = Runner.from_cfg(detector)
+    message = failure(runner.train)
+    assert runner.optim_wrapper.clip_grad_kwargs == dict(max_norm=1.0)
     return message
 
 
@@ -209,13 +215,15 @@ def other_head(answer, detector):
 
 @provokes('Weights only load failed')
 def own_records(answer, tmp_path, monkeypatch):
-    loss, path = HistoryBuffer(), tmp_path / 'epoch_1.pth'
+    # As torch 2.6 and later have it.
+    monkeypatch.setattr(torch, 'load', partial(torch.load, weights_only=True))
+    loss, path = HistoryBuffer(), str(tmp_path / 'epoch_1.pth')
     loss.update(1.0)
     torch.save(dict(state_dict={}, message_hub=dict(log_scalars=dict(loss=loss))), path)
-    message = failure(torch.load, path, weights_only=True)
-    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    message = failure(torch.load, path)
     exec(python_of(answer), {})
-    CheckpointLoader.load_checkpoint(str(path))
+    read = CheckpointLoader.load_checkpoint(path)
+    assert read['message_hub']['log_scalars']['loss'].current() == 1.0
     return message
 
 
@@ -227,14 +235,13 @@ def norm_without_gpu(answer):
         message = failure(nn.SyncBatchNorm(2), torch.rand(4, 2))
     finally:
         distributed.destroy_process_group()
-    cfg = Config.fromfile(convmlp_mm.config_path('semantic_fpn_convmlp_s'))
-    assert cfg.model.decode_head.norm_cfg.type == 'SyncBN'
-    merge_options(cfg, settings_of(answer))
-    assert cfg.model.decode_head.norm_cfg.type == 'BN'
+    before, after = recipes(answer, 'semantic_fpn_convmlp_s')
+    kinds = [cfg.model.decode_head.norm_cfg.type for cfg in (before, after)]
+    assert kinds == ['SyncBN', 'BN']
     return message
 
 
-@provokes('EADDRINUSE')
+@provokes('address already in use')
 def busy_port(answer, tool):
     with socket.create_server(('', 0)) as server:
         port = server.getsockname()[1]
@@ -242,30 +249,26 @@ def busy_port(answer, tool):
         command = ['--rdzv_endpoint', f'127.0.0.1:{port}', 'train.py']
         ours = tool('convmlp_mm.launch.elastic', *command).stderr
     assert f'port {port} of this machine cannot be used' in ours and 'PORT' in ours
-    # torch 2.2 has the words of the system alone.
-    return message.replace('errno: 98', 'EADDRINUSE')
+    return message
 
 
 @provokes('CUDA out of memory')
 def too_large(answer):
     images, kept = torch.rand(1, 3, 64, 64), []
     for with_cp in (False, True):
-        sizes = {}
-        hook = saved_tensors_hooks(
-            lambda x, sizes=sizes: sizes.setdefault(x.data_ptr(), x.nbytes) and x,
-            lambda x: x,
-        )
-        with hook:
-            convmlp_mm.ConvMLP(arch=tiny.ARCH, with_cp=with_cp)(images)
-        kept.append(sum(sizes.values()))
+        model = convmlp_mm.ConvMLP(arch=tiny.ARCH, with_cp=with_cp)
+        tensors = []
+        with saved_tensors_hooks(lambda x: tensors.append(x) or x, lambda x: x):  # noqa: B023
+            model(images)
+        kept.append(sum({x.data_ptr(): x.nbytes for x in tensors}.values()))
     assert kept[1] < kept[0] / 2
-    cfg = Config.fromfile(convmlp_mm.config_path('retinanet_convmlp_s'))
-    batch = cfg.train_dataloader.batch_size
-    merge_options(cfg, settings_of(answer))
-    assert cfg.model.backbone.with_cp
-    assert (
-        cfg.optim_wrapper.accumulative_counts * cfg.train_dataloader.batch_size == batch
+    before, after = recipes(answer, 'retinanet_convmlp_s')
+    steps, batch = (
+        after.optim_wrapper.accumulative_counts,
+        after.train_dataloader.batch_size,
     )
+    assert steps * batch == before.train_dataloader.batch_size
+    assert after.model.backbone.with_cp
     if not torch.cuda.is_available():
         pytest.skip('there is no GPU whose memory could be filled')
     return failure(torch.empty, 2**50, device='cuda')
@@ -276,11 +279,16 @@ def test_message_is_provoked_and_its_answer_helps(message, request):
     function = PROVOKED[message]
     _, *fixtures = inspect.signature(function).parameters
     said = function(ANSWERS[message], *map(request.getfixturevalue, fixtures))
-    assert message in said
+    # torch 2.2 has the words of the system, which begin otherwise.
+    assert message.lower() in said.lower()
 
 
-def test_every_answer_stands_on_the_page():
+def test_page_has_these_messages_and_files():
     assert list(ANSWERS) == list(PROVOKED)
+    for path in re.findall(r'(?<![\w/])(?:tools|configs)/[\w/]+\.(?:py|sh)', PAGE):
+        assert (ROOT / path).is_file(), path
+    for link in re.findall(r'\]\(([^)#]+)', PAGE):
+        assert '://' in link or (ROOT / 'docs' / link).exists()
 
 
 COMING = PAGE.partition('## Coming from')[2].partition('\n## ')[0]
@@ -305,9 +313,8 @@ def settings():
 
 @pytest.mark.parametrize('word', dict.fromkeys(OURS))
 def test_names_for_those_of_the_authors_exist(word, settings):
-    path = re.search(r'(?:tools|configs)/[\w/]+\.(?:py|sh)', word)
-    if path:
-        assert all((ROOT / part).is_file() for part in re.findall(path.re, word))
+    if re.search(r'\.(py|sh)\b', word):
+        assert re.match('configs|tools', word)
     elif word.startswith('convmlp_mm.ConvMLP('):
         assert len(eval(word, dict(convmlp_mm=convmlp_mm)).out_channels) == 4
     elif word.startswith('convmlp_mm.get_model('):

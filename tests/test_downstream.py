@@ -169,6 +169,7 @@ TEST = {
     'mmpretrain': [
         'test_dataloader.dataset.pipeline.1.scale=64',
         'test_dataloader.dataset.pipeline.2.crop_size=64',
+        'test_dataloader.dataset.indices=6',
     ],
 }
 NO_WORKERS = [

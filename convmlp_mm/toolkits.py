@@ -56,34 +56,31 @@ class Toolkit:
 
 
 TOOLKITS = {
-    row[0]: Toolkit(*row)
-    for row in (
-        (
-            'mmpretrain',
-            'mmpretrain.apis.ImageClassificationInferencer',
-            'UniversalVisualizer',
-            'DataSample',
-            dict(scores='pred_score'),
+    'mmpretrain': Toolkit(
+        scope='mmpretrain',
+        inferencer='mmpretrain.apis.ImageClassificationInferencer',
+        visualizer='UniversalVisualizer',
+        sample='DataSample',
+        results=dict(scores='pred_score'),
+    ),
+    'mmdet': Toolkit(
+        scope='mmdet',
+        inferencer='mmdet.apis.DetInferencer',
+        visualizer='DetLocalVisualizer',
+        sample='DetDataSample',
+        results=dict(
+            boxes='pred_instances.bboxes',
+            scores='pred_instances.scores',
+            labels='pred_instances.labels',
         ),
-        (
-            'mmdet',
-            'mmdet.apis.DetInferencer',
-            'DetLocalVisualizer',
-            'DetDataSample',
-            dict(
-                boxes='pred_instances.bboxes',
-                scores='pred_instances.scores',
-                labels='pred_instances.labels',
-            ),
-        ),
-        (
-            'mmseg',
-            'mmseg.apis.MMSegInferencer',
-            'SegLocalVisualizer',
-            'SegDataSample',
-            dict(logits='seg_logits.data'),
-        ),
-    )
+    ),
+    'mmseg': Toolkit(
+        scope='mmseg',
+        inferencer='mmseg.apis.MMSegInferencer',
+        visualizer='SegLocalVisualizer',
+        sample='SegDataSample',
+        results=dict(logits='seg_logits.data'),
+    ),
 }
 
 
@@ -105,12 +102,13 @@ def default_shape(cfg: Config) -> tuple[int, int]:
     """Return the height and width, in pixels, that a configuration is tested at.
 
     That is what the test pipeline resizes or crops to, else 224x224; for segmentors the
-    crop of the training, and 800x1280 for 1333x800, as in the tables of mmdet.
+    crop of the training, else 512x512; and 800x1280 for 1333x800, as in the tables of
+    mmdet.
     """
     scope = cfg.get('default_scope')
     if scope == 'mmseg':
-        preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
-        return tuple(preprocessor.get('size') or cfg.crop_size)
+        given = cfg.get('data_preprocessor') or cfg.model.get('data_preprocessor') or {}
+        return tuple(given.get('size') or cfg.get('crop_size') or (512, 512))
     shape = 224
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     for step in dataset.get('pipeline') or ():

@@ -125,9 +125,8 @@ def _compare_arrays(model: BaseModel, batch: np.ndarray, found: Arrays) -> dict:
                 f'output {name!r} has shape {mine.shape}, but {values.shape} in PyTorch'
             )
         if name == 'labels':
-            # Of two classes whose logits are equal but for rounding, either is right.
-            chosen = np.take_along_axis(expected['logits'], mine[:, None], axis=1)
-            mine = chosen[:, 0]
+            # If the logits of two classes differ by rounding, either class is right.
+            mine = np.take_along_axis(expected['logits'], mine[:, None], 1)[:, 0]
         relative = np.abs(mine - values) / np.maximum(1, np.abs(values))
         differences[name] = float(relative.max())
     return differences
@@ -185,8 +184,8 @@ def _differences(first: Arrays, second: Arrays) -> np.ndarray:
 def count_wrong(cfg: ConfigDict, found: Arrays, expected: Arrays) -> int:
     """Count where rounding does not explain how two lists of detections differ.
 
-    In ``found`` no boxes overlap too much; and what one has, the other has too, or a
-    better box that suppresses it, or it is full before.
+    In ``found`` no boxes overlap too much; and what one list has, the other has too, or
+    a better box that suppresses it, or it is full before.
     """
 
     def overlapping(first: Arrays, second: Arrays, slack: float) -> np.ndarray:

@@ -23,12 +23,7 @@ SPLITS = {'train': 'training', 'val': 'validation'}
 
 def run(out, **changes):
     options = SMALL | {f'--{name}'.replace('_', '-'): v for name, v in changes.items()}
-    command = [
-        sys.executable,
-        TOOL,
-        out,
-        *(x for pair in options.items() for x in pair),
-    ]
+    command = [sys.executable, TOOL, out, *sum(options.items(), ())]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
@@ -83,10 +78,8 @@ def test_more_images_begin_with_the_same_ones(root, tmp_path):
     assert len(new) > len(old) and old.items() <= new.items()
     for split in SPLITS:
         name = f'coco/annotations/instances_{split}2017.json'
-        before, after = (
-            json.loads((folder / name).read_text())['annotations']
-            for folder in (root, tmp_path / 'more')
-        )
+        files = (folder / name for folder in (root, tmp_path / 'more'))
+        before, after = (json.loads(f.read_text())['annotations'] for f in files)
         assert after[: len(before)] == before and len(after) > len(before)
 
 

@@ -162,11 +162,16 @@ def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
     axes.text(0, 0.56, '\n'.join(lines), fontsize=8, color=colour, va='top')
 
 
+def to_png(figure: Figure, dpi: int, **metadata: str) -> bytes:
+    """Draw a figure as the bytes of a file, the same ones each time."""
+    stream = io.BytesIO()
+    metadata = dict(metadata, Software=None)
+    figure.savefig(stream, dpi=dpi, format='png', metadata=metadata)
+    return stream.getvalue()
+
+
 def save_figure(args: argparse.Namespace, figure: Figure, sources: list) -> None:
     """Write a figure whole or not at all, with the statements in its metadata."""
-    stated = {source.name: source.weights for source in sources}
-    metadata = dict(Description=json.dumps(stated), Software=None)
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=100, format='png', metadata=metadata)
-    write_file(args.out, stream.getvalue(), args.overwrite)
+    stated = json.dumps({source.name: source.weights for source in sources})
+    write_file(args.out, to_png(figure, 100, Description=stated), args.overwrite)
     print(f'wrote {args.out}')

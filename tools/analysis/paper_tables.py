@@ -10,11 +10,11 @@ nothing is trained or evaluated.
 import argparse
 import contextlib
 import importlib
-import io
 import re
 import sys
 from pathlib import Path
 
+import common
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.fileio import load
@@ -59,13 +59,13 @@ def count(row: dict) -> complexity.Complexity | None:
     return complexity.measure_complexity(cfg, shape, row['config'])
 
 
-def beside(value: float | None, paper: float, digits: int = 2) -> str:
-    """Format a count with its difference to the paper's figure."""
+def beside(value: float | None, paper: float, printed: int, digits: int) -> list[str]:
+    """Format a figure of the paper, and a count with its difference to that."""
     if value is None:
-        return '-'
+        return [f'{paper:.{printed}f}', '-']
     # + 0.0 takes the sign of a zero away.
     difference = round(value - paper, digits) + 0.0
-    return f'{value:.{digits}f} ({difference:+.{digits}f})'
+    return [f'{paper:.{printed}f}', f'{value:.{digits}f} ({difference:+.{digits}f})']
 
 
 def classifiers(paper: list[dict], costs: list) -> dict[str, str]:
@@ -82,11 +82,11 @@ def classifiers(paper: list[dict], costs: list) -> dict[str, str]:
         cells = [name, row['kind']]
         counted = (cost.params / 1e6, cost.macs / 1e9) if cost else (None, None)
         for key, value in zip(('params', 'gmacs'), counted):
-            cells += [f'{row[key]:.1f}', beside(value, row[key])]
+            cells += beside(value, row[key], 1, 2)
         cells.append(f'{row["top1"]:.1f}')
         for key, value in zip(('acc_per_gmac', 'acc_per_mparam'), counted[::-1]):
             ratio = row['top1'] / value if cost and 'differs' not in row else None
-            cells += [f'{row[key]:.1f}', beside(ratio, row[key], 1)]
+            cells += beside(ratio, row[key], 1, 1)
         if cost is None:
             missing.append(f'- {row["name"]}: {row["missing"]}\n')
         cells.append(f'`{row["config"]}`' if cost else '-')
@@ -100,10 +100,9 @@ def ablation(paper: list[dict], costs: list) -> str:
     header = ['switched on', 'epochs', 'params (M)', 'counted', 'GMACs', 'counted']
     lines = []
     for row, cost in zip(paper, costs):
-        params, macs = cost.params / 1e6, cost.macs / 1e9
         cells = [row['name'], str(row['epochs'])]
-        cells += [f'{row["params"]:.2f}', beside(params, row['params'])]
-        cells += [f'{row["gmacs"]:.2f}', beside(macs, row['gmacs'])]
+        cells += beside(cost.params / 1e6, row['params'], 2, 2)
+        cells += beside(cost.macs / 1e9, row['gmacs'], 2, 2)
         lines.append([*cells, f'{row["top1"]:.2f}', f'`{row["config"]}`'])
     return format_table([*header, 'top-1', 'counted is'], lines, 'markdown')
 
@@ -113,8 +112,8 @@ def systems(title: str, paper: list[dict], costs: list) -> str:
     header = [f'{title} backbone', 'params (M)', 'all', 'trainable', 'GMACs']
     lines = []
     for row, cost in zip(paper, costs):
-        counts = [beside(n / 1e6, row['params']) for n in (cost.params, cost.trainable)]
-        cells = [row['name'], f'{row["params"]:.1f}', *counts]
+        cells = [row['name'], *beside(cost.params / 1e6, row['params'], 1, 2)]
+        cells += beside(cost.trainable / 1e6, row['params'], 1, 2)[1:]
         lines.append([*cells, f'{cost.macs / 1e9:.2f}', f'`{row["config"]}`'])
     return format_table([*header, 'counted is'], lines, 'markdown')
 
@@ -190,10 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         paper = load(PAPER)
         costs = {name: [count(row) for row in rows] for name, rows in paper.items()}
     write_file(args.out_dir / PAGE.name, fill_page(paper, costs), True)
-    stream = io.BytesIO()
-    figure = draw_tradeoff(paper['table_3'])
-    figure.savefig(stream, format='png', dpi=110, metadata=dict(Software=None))
-    write_file(args.out_dir / 'efficiency.png', stream.getvalue(), True)
+    content = common.to_png(draw_tradeoff(paper['table_3']), 110)
+    write_file(args.out_dir / 'efficiency.png', content, True)
 
 
 if __name__ == '__main__':

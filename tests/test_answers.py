@@ -16,7 +16,6 @@ import pytest
 import tiny
 import torch
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
@@ -150,22 +149,12 @@ def two_bases(answer, tmp_path):
 
 
 @provokes('need at least one array to concatenate')
-def other_classes(answer, detector, tool, monkeypatch):
-    # Without the checks that a tool, perhaps in another test, has put around them.
-    datasets = importlib.import_module('mmdet.datasets')
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets.CocoDataset, 'COCOAPI', datasets.api_wrappers.COCO)
-        for name in ('full_init', '_serialize_data'):
-            method = getattr(BaseDataset, name)
-            inner = [cell.cell_contents for cell in method.__closure__ or ()]
-            patch.setattr(BaseDataset, name, inner[0] if inner else method)
-        data = detector.train_dataloader.dataset
-        data.update(
-            metainfo=dict(classes=['dog']), filter_cfg=dict(filter_empty_gt=True)
-        )
-        message = failure(build, 'DATASETS', data)
-        merge_options(detector, settings_of(answer))
-        assert len(build('DATASETS', detector.train_dataloader.dataset)) == 4
+def other_classes(answer, detector, tool):
+    data = detector.train_dataloader.dataset
+    data.update(metainfo=dict(classes=['dog']), filter_cfg=dict(filter_empty_gt=True))
+    message = failure(build, 'DATASETS', data)
+    merge_options(detector, settings_of(answer))
+    assert len(build('DATASETS', detector.train_dataloader.dataset)) == 4
     command = ['train.py', 'my_detector.py', '--work-dir', 'work', '--cfg-options']
     dogs = 'train_dataloader.dataset.metainfo.classes=[dog]'
     ours = tool(*command, 'model.bbox_head.num_classes=1', dogs).stderr

@@ -25,6 +25,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.registry import MODELS
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -32,11 +33,11 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoint import load_backbone_weights
 
 if hasattr(torch.compiler, 'is_compiling'):
-    COMPILES_CHECKPOINTS = True
     from torch.compiler import is_compiling
-else:  # torch 2.2, whose compiler loses the buffer updates of a checkpoint
-    COMPILES_CHECKPOINTS = False
+else:
     from torch._utils import is_compiling
+# In a compiled checkpoint, torch 2.2 loses updates of buffers, and 2.8 repeats them.
+COMPILES_CHECKPOINTS = digit_version(torch.__version__) >= digit_version('2.12')
 
 __all__ = ['ConvMLP']
 

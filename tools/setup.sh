@@ -18,7 +18,7 @@ esac
 ask() { "$1" tools/stack.py "${@:2}" 2>/dev/null; }
 active=$(python -c 'import sys; print(sys.executable)' 2>/dev/null) || active=$venv/
 if [[ -z ${PYTHON:-} && $active != "$venv/"* ]] && ask "$active" works $asked; then
-  ask "$active" has "$@" || (IFS=, && "$active" -m pip install --no-build-isolation -e ".${*:+[$*]}" >&2) ||
+  ask "$active" has "$@" || (IFS=, && "$active" -m pip install --no-build-isolation -c <("$active" -m pip freeze --exclude-editable | grep -v ' @ ') -e ".${*:+[$*]}" >&2) ||
     fail "pip could not add convmlp_mm with its extras to the active environment of $active"
   say "using the active environment of $active" && echo "$active" && exit
 fi

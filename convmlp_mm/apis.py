@@ -181,7 +181,7 @@ def load_weights(
     checkpoint = read_checkpoint(weights)
     options = (partial, skip_heads)
     state_dict, message = fit_checkpoint(model, checkpoint, weights, *options)
-    # Not strict only for what has been found to be missing rightly.
+    # Only what may be missing is missing, as has been checked, so this is not strict.
     model.load_state_dict(state_dict, strict=False)
     print_log(message, logger='current')
     # A Runner that is given the model would initialise it once more.
@@ -215,7 +215,7 @@ def switch_to_deploy(model: nn.Module) -> None:
     for module in modules:
         if module is not model and hasattr(module, 'switch_to_deploy'):
             module.switch_to_deploy()
-    # One that is registered in several places may be followed by several norms.
+    # A convolution that stands in several places may be followed by several norms.
     uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for module in modules:
         if _can_fold(module) and uses[id(module)] == uses[id(module.conv)] == 1:

@@ -46,17 +46,17 @@ TIMEOUT = 60
 # The first digits stand in the names of published files (torch hub, OpenMMLab), where a
 # date may stand as well.
 HASH_IN_NAME = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')
-# What write_file calls a file that is not whole yet.
+# The pattern of names that write_file gives to files that are not whole yet.
 LEFTOVER = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')
 
-# How the toolkits call a backbone, and the tops of this one's published names.
+# The toolkits' name of a backbone, and the tops of this one's published names.
 BACKBONE = 'backbone.'
 BACKBONE_PREFIXES = ('tokenizer.', 'conv_stages.', 'stages.')
-# What a published classifier holds beyond the feature extractor, and how mmpretrain
-# calls its head.
+# The part of a published classifier beyond the feature extractor, and mmpretrain's name
+# of that head.
 HEAD_PREFIXES = ('head.', 'norm.')
 CLASSIFIER_HEAD = 'head.fc.'
-# What the toolkits keep of a data set; in capitals in their former versions.
+# Keys of the toolkits for the names of classes; former versions used capitals.
 DATASET_META = ('classes', 'palette')
 # Files written before torch 0.4.1 lack these tensors of BN, and nothing reads them.
 COUNTER = 'num_batches_tracked'
@@ -96,7 +96,7 @@ def write_file(
             there before is then as it was.
     """
     check_output(path, overwrite)
-    # In the same folder: only there can it be renamed at once.
+    # A file can be renamed at once only within its folder.
     folder, name = osp.split(os.fspath(path))
     temporary = osp.join(folder, f'.{name}.{uuid.uuid4().hex[:8]}.tmp')
     try:
@@ -241,7 +241,7 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
     file.seek(0)
     if start != b'PK\3\4':
         return {}
-    # By torch's own reader: another may see other entries in the same file.
+    # This is torch's own reader; another may see other entries in the same file.
     if 'constants.pkl' in torch._C.PyTorchFileReader(file).get_all_records():
         raise ValueError('it is a TorchScript archive, which is a program')
     entries = zipfile.ZipFile(file).infolist()
@@ -417,7 +417,7 @@ def locate_checkpoint(filename: str | os.PathLike) -> str:
     """
     filename = osp.expanduser(os.fspath(filename))
     if filename.startswith(('http://', 'https://')):
-        # One process fetches; the others find it, but on a machine with another disk.
+        # One process fetches, and the others find the file if they share its disk.
         try:
             if is_main_process():
                 _download(filename)
@@ -756,7 +756,7 @@ def load_backbone_weights(
     result = match(found, built)
     result.skip('skipped', [k for k in result.unknown if _is_expected_extra(k, built)])
     message = explain(result, found, model, os.fspath(checkpoint))
-    # Not strict only for what has been let through.
+    # Only what has been let through may be missing, so this is not strict.
     model.load_state_dict(result.loaded, strict=False)
     return message + say_taken(content)
 

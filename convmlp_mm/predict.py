@@ -35,7 +35,7 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 # Images of classifiers are drawn with this short side, so that text fits on them.
 CLASSIFIED_SIDE = 320
-# Bytes of a file name, without what write_file and the ending add to it.
+# The length of a file name in bytes, to which write_file and the ending add some.
 MAX_NAME = 230
 
 
@@ -73,7 +73,7 @@ def read_whole_image(path: str) -> np.ndarray:
     Raises:
         OSError: If it cannot be read to its end.
     """
-    # To open a pipe would wait for somebody who writes.
+    # Opening a pipe would wait for somebody who writes.
     if osp.exists(path) and not osp.isfile(path):
         raise OSError('it is a pipe, socket or device')
     # OpenCV, with which the toolkits read, pads what is missing in grey.
@@ -335,7 +335,7 @@ def name_outputs(images: list[str], root: str) -> dict[str, str]:
     names = {path: osp.relpath(path, root) for path in images}
     stems = {path: osp.splitext(name)[0] for path, name in names.items()}
     alike = Counter(map(_folded, stems.values()))
-    # What no file may be called: as a folder, or as another file.
+    # Names that no file may have: those of folders, and of other files.
     taken = {_folded(p) for name in names.values() for p in Path(name).parents}
     chosen = {}
     for path, name in names.items():

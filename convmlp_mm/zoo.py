@@ -272,7 +272,7 @@ def map_config(cfg: Config, keys: Iterable[str], function: Callable) -> None:
     """Change the top-level values under ``keys`` that are there by ``map_leaves``."""
     for key in list(keys):
         if cfg.get(key) is not None:
-            # As an attribute, a key called like a method of dicts could not be set.
+            # A key that is called like a method of dicts cannot be set as an attribute.
             cfg[key] = map_leaves(function, cfg.get(key), key)
 
 

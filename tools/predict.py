@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Predict an image or a folder of images: pictures and results for other programs.
+"""Predict an image or a folder of images: drawings and results for other programs.
 
-OUT/vis has the pictures, OUT/results.json the results: the five best classes of a
+OUT/vis has the drawings, OUT/results.json the results: the five best classes of a
 classifier; boxes and run-length encoded masks of a detector as in COCO; and for a
 segmentor the pixels of each class, with the label maps in OUT/label_maps (class numbers
 from 0). Unreadable images are named and skipped; then the exit code is 1.
@@ -104,13 +104,13 @@ def main() -> int:
 
     for batch in batches(images, args.batch_size, results.mixes_sizes, skip):
         found = results.predict(list(batch))
-        for (path, size), (sample, picture) in zip(batch.items(), found):
+        for (path, size), (sample, drawing) in zip(batch.items(), found):
             label_map = f'label_maps/{names[path]}.png'
             drawn = f'vis/{names[path]}.jpg'
             try:
-                if picture is None:
+                if drawing is None:
                     raise ValueError('the prediction has numbers that are not finite')
-                save_image(osp.join(args.out, drawn), picture)
+                save_image(osp.join(args.out, drawn), drawing)
                 if cfg.default_scope == 'mmseg':
                     # Label maps of more than 256 classes need 16 bits.
                     kind = 'uint8' if len(results.classes) <= 256 else 'uint16'

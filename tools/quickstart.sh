@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare machine to a trained detector and pictures of what it finds:
+# From a bare machine to a trained detector and images of what it finds:
 #   tools/quickstart.sh [OUT [KEY=VALUE ...]]
 # OUT is the folder of the results; the rest are settings to override, as in
 # tools/train.py --cfg-options.
@@ -27,7 +27,7 @@ echo "== 2/3 training ConvMLP-S + RetinaNet, about 4 minutes on two cores"
 options=(--cfg-options "data_root=$data/coco" "${@:2}")
 bash "$tools/dist_train.sh" "$config" 1 --work-dir "$out/train" "${options[@]}"
 
-echo '== 3/3 evaluating on pictures that it has not seen, and drawing'
+echo '== 3/3 evaluating on images that it has not seen, and drawing'
 checkpoint=$(cat "$out/train/last_checkpoint")
 bash "$tools/dist_test.sh" "$config" "$checkpoint" 1 --work-dir "$out/test" \
     "${options[@]}" "test_evaluator.outfile_prefix=$out/predictions" 2>&1 |
@@ -41,7 +41,7 @@ python "$tools/data/show_detections.py" "$out/predictions.bbox.json" \
     --title "ConvMLP-S + RetinaNet, generated validation set, ${ap50/bbox_mAP_50/AP50}"
 
 echo
-echo "${ap50/bbox_mAP_50/AP50} on the validation pictures, $((SECONDS - started)) s after set-up"
-echo "pictures:   $out/detections.png"
+echo "${ap50/bbox_mAP_50/AP50} on the validation images, $((SECONDS - started)) s after set-up"
+echo "images:     $out/detections.png"
 echo "checkpoint: $checkpoint"
 echo "logs:       $out/train"

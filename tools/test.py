@@ -5,7 +5,7 @@ import argparse
 import os
 import os.path as osp
 
-# As in train.py.
+# This is the same setting as in train.py.
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
@@ -15,7 +15,7 @@ from mmengine.evaluator import DumpResults
 from convmlp_mm import launch
 from convmlp_mm.zoo import give_visualizer
 
-# What draws, and its options: by class of the hook.
+# The options that make each hook draw into a folder.
 HOOKS = dict(
     VisualizationHook=('enable', 'out_dir'),
     DetVisualizationHook=('draw', 'test_out_dir'),

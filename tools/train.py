@@ -92,7 +92,7 @@ def choose_start(cfg: Config, resume: str | None) -> None:
     elif resume == 'auto':
         newest = find_latest_checkpoint(cfg.work_dir)
         cfg.resume = newest is not None
-        # With nothing to resume, load_from of the configuration stays.
+        # If there is nothing to resume, load_from of the configuration stays.
         cfg.load_from = newest or cfg.get('load_from')
     elif resume is not None:
         launch.check_checkpoint(resume)

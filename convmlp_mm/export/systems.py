@@ -208,7 +208,7 @@ def _suppress(
     nms: ConfigDict, boxes: Tensor, scores: Tensor, labels: Tensor, valid: Tensor
 ) -> Tensor:
     """Set the scores (N, M) to 0 of boxes that are not valid or are suppressed."""
-    # As in mmcv, boxes are set apart by class, so that one suppression serves all; here
+    # Boxes are set apart by class, as in mmcv, so that one suppression serves all; here
     # by image too, in y alone, which keeps them small enough for float32.
     step = (boxes * valid[..., None]).max() + 1
     index = torch.arange(boxes.shape[0], device=boxes.device)[:, None]

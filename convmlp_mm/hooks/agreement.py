@@ -15,9 +15,9 @@ from ._mmengine import accumulative_counts, is_resumed, load_from
 
 __all__ = ['AgreementHook', 'steps_of']
 
-# Of the checkpoint's meta.
+# Keys in the meta of a checkpoint.
 STEPS, SAMPLES, TYPES = 'step_size', 'training_samples', 'recipe_types'
-# What a scheduler has reached, in contrast to what its configuration says.
+# Attributes of a scheduler that say how far it is, not what its configuration says.
 PROGRESS = ('base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs')
 
 

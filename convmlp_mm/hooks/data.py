@@ -19,12 +19,12 @@ from .model import unwrap_model
 
 __all__ = ['CheckDataHook', 'check_heads', 'check_neck', 'walk_datasets']
 
-# Where the models of the three toolkits have what predicts the classes.
+# Places where the models of the three toolkits have what predicts the classes.
 HEADS = ('head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
 HEADS += ('roi_head.bbox_head', 'roi_head.mask_head')
 # Models with one of these compare with texts and have no classes of their own.
 TEXT_PARTS = ('language_model', 'text_encoder')
-# How whole files of these formats begin and end.
+# The bytes that whole files of these formats begin and end with.
 ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
 
 
@@ -119,7 +119,7 @@ def check_neck(model: nn.Module) -> None:
         return
     if tuple(taken) == tuple(backbone.out_channels):
         return
-    # Some take the maps in another order: only a trial tells.
+    # Some necks take the maps in another order, of which only a trial tells.
     training, image = model.training, torch.zeros(1, backbone.in_channels, 128, 128)
     model.eval()
     try:
@@ -142,7 +142,7 @@ def check_heads(model: nn.Module, classes: list, dataset: object, key: str) -> N
     """
     if not classes or any(getattr(model, name, None) for name in TEXT_PARTS):
         return
-    # In panoptic data, some heads see the things only.
+    # Some heads see only the things of panoptic data.
     things = (getattr(dataset, 'metainfo', None) or {}).get('thing_classes')
     allowed = {len(classes), len(things or classes)}
     for path in HEADS:

@@ -62,7 +62,7 @@ class CheckWeightsHook(Hook):
     files that are not the run's own, which it would remove in time.
     """
 
-    # Before EMAHook reads the checkpoint.
+    # This hook must run before EMAHook reads the checkpoint.
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -86,7 +86,7 @@ class CheckWeightsHook(Hook):
                 raise CheckpointError(message) from error
             # EMAHook has saved the average as the one, and the model as the other.
             for key in ('state_dict', 'ema_state_dict'):
-                # Without the count of EMAHook.
+                # The count of EMAHook is no weight.
                 weights = dict(checkpoint.get(key) or {}, steps=None)
                 del weights['steps']
                 if key in checkpoint:
@@ -106,8 +106,8 @@ class CheckWeightsHook(Hook):
         checkpoint.pop('ema_state_dict', None)
 
 
-# What computes the same values from channels-last maps as from contiguous ones, which
-# tests/test_layout.py holds. Any other neck or head gets contiguous maps.
+# These classes compute the same values from channels-last maps as from contiguous ones,
+# to which tests/test_layout.py holds them. Any other neck or head gets contiguous maps.
 ANY_LAYOUT = (
     'mmdet.RetinaNet',
     'mmdet.FPN',
@@ -119,7 +119,7 @@ ANY_LAYOUT = (
     'mmpretrain.GlobalAveragePooling',
     'mmpretrain.LinearClsHead',
 )
-# In the backward pass of torch 2.2, GroupNorm in bfloat16 fails on channels-last maps.
+# The backward pass of GroupNorm in bfloat16 fails on channels-last maps in torch 2.2.
 OLD_TORCH = digit_version(torch.__version__) < digit_version('2.4')
 
 
@@ -206,7 +206,7 @@ class ChannelsLastHook(Hook):
     :func:`needs_contiguous`) get contiguous maps, as without the hook.
     """
 
-    # Before EMAHook copies the model.
+    # This hook must run before EMAHook copies the model.
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
@@ -245,7 +245,7 @@ class CompileBackboneHook(Hook):
     one for all sizes. ``compile`` is True or the arguments of ``torch.compile``.
     """
 
-    # Before EMAHook copies the model, and before mmengine looks for the key.
+    # This hook must run before EMAHook copies the model and mmengine looks for the key.
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:

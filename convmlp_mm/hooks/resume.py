@@ -237,7 +237,7 @@ class ExactResumeHook(Hook):
     calls ``before_gather_state`` on each of them, as ``SafeCheckpointHook`` does.
     """
 
-    # After the others have prepared the training, and changed the numbers by it.
+    # The other hooks draw random numbers when they prepare the training.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
@@ -265,7 +265,7 @@ class ExactResumeHook(Hook):
         meta = checkpoint['meta']
         batches = meta['iter']
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            # Of an epoch that is over, the start of the next has not been noted yet.
+            # After the end of an epoch, the start of the next is not noted yet.
             over = meta['epoch'] > runner.epoch
             batches = 0 if over else batches - self._epoch_start
         checkpoint[KEY] = dict(
@@ -443,6 +443,6 @@ def _validate_if_due(runner: Runner, loop: BaseLoop) -> None:
     runner.logger.info('The validation that was due at the checkpoint comes first.')
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook):
-            # What it finds to be the best enters the latest checkpoint.
+            # The best value that it finds enters the latest checkpoint.
             hook.last_ckpt = runner.message_hub.get_info('last_ckpt')
     runner.val_loop.run()

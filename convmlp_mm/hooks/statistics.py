@@ -98,7 +98,7 @@ class SummaryHook(Hook):
     AP, mask AP, mIoU and top-1 accuracy that the validation gives.
     """
 
-    # After CheckpointHook, which may save at the end.
+    # This hook comes after CheckpointHook, which may save at the end.
     priority = 'LOWEST'
 
     def before_train(self, runner: Runner) -> None:
@@ -208,7 +208,7 @@ def draw_curves(trained: Curves, validated: Curves, unit: str, title: str) -> by
     Returns:
         bytes: A PNG.
     """
-    # Nothing else of a training needs it.
+    # matplotlib is imported here, as nothing else in a training needs it.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -240,7 +240,7 @@ def draw_curves(trained: Curves, validated: Curves, unit: str, title: str) -> by
             points = list(curve), list(curve.values())
             ax.plot(*points, linewidth=width, marker=marker, markersize=4, label=name)
         total = list(curves.get('loss', {}).values())
-        # Where the loss falls by orders of magnitude, its end is a flat line otherwise.
+        # A loss that falls by orders of magnitude would end as a flat line.
         if total and 0 < 50 * min(total) < max(total):
             ax.set_yscale('log')
         ax.set(xlabel=steps, ylabel=label)

@@ -36,7 +36,7 @@ __all__ = ['PREEMPTED', 'FiniteLossHook', 'PreemptionHook', 'StepHook', 'average
 # tools/slurm_run.sh knows it.
 PREEMPTED = 85
 
-# What schedulers send: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM any.
+# Schedulers send these: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM any.
 SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGINT')
 
 
@@ -65,7 +65,7 @@ class StepHook(Hook):
     The first of them to be called does it for all.
     """
 
-    # Before EMAHook copies the statistics, and before any hook that saves.
+    # The numbers must be shared before EMAHook copies the statistics and a hook saves.
     priority = 'VERY_HIGH'
 
     def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
@@ -238,7 +238,7 @@ class PreemptionHook(StepHook):
         ValueError: If ``signals`` are none of these.
     """
 
-    # After CheckpointHook, to see what it has saved.
+    # This hook comes after CheckpointHook, to see what it has saved.
     priority = 'LOWEST'
 
     def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGUSR1')) -> None:
@@ -351,11 +351,11 @@ class PreemptionHook(StepHook):
         else:
             name = hook.filename_tmpl.format(epoch if hook.by_epoch else iteration)
             regular = osp.basename(str(hook.last_ckpt)) == name
-            # In the middle of an epoch, its number is that of the last checkpoint.
+            # The last checkpoint has the same number until the epoch is over.
             if not regular or (hook.by_epoch and epoch == runner.epoch):
                 self._save(runner, hook, epoch, iteration)
             saved = f'The last checkpoint is {hook.last_ckpt}.'
-        # No process may leave while another saves: launchers end the rest then.
+        # All wait here, since launchers end the others once a process has left.
         dist.barrier()
         runner.logger.warning(
             f'Stopped by a signal after {iteration} iterations. {saved} '
@@ -377,17 +377,14 @@ class PreemptionHook(StepHook):
             save_now(hook, runner, epoch, iteration)
         finally:
             vars(hook).update(settings)
-        if osp.basename(str(hook.last_ckpt)) != name:
-            # It could not be saved, as the hook has said.
-            runner.message_hub.update_info(KEY, former)
-        elif former not in (None, name) and dist.is_main_process():
+        if former not in (None, name) and dist.is_main_process():
             remove_checkpoint(hook, former)
 
     def _remove_superseded(self, runner: Runner) -> None:
         """Delete the file of an earlier stop once there is a later checkpoint."""
         name = runner.message_hub.runtime_info.get(KEY)
         hook = _checkpoint_hook(runner) if name else None
-        # None until the resumed run has saved.
+        # There is no last checkpoint until the resumed run has saved.
         if hook is None or osp.basename(hook.last_ckpt or name) == name:
             return
         if dist.is_main_process():

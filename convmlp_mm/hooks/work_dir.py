@@ -21,8 +21,8 @@ __all__ = ['LaunchHook', 'work_dir_lock']
 # This file of the work dir says who holds it. What a run that was killed has left of it
 # is not locked.
 LOCK = '.lock'
-# In seconds: a run that has been told to end may need the first for that. A file server
-# may need the second to see that the machine of a run that is started again is gone.
+# Times in seconds. A run that has been told to end may need the first for that, and a
+# file server the second to see that the machine of a run that is started again is gone.
 PATIENCE, PATIENCE_OF_RESTART = 10, 120
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # The key of a checkpoint's meta under which the launch stands that has saved it.
@@ -81,7 +81,7 @@ def _acquire(path: str) -> int:
     restarted = int(os.environ.get('CONVMLP_MM_ATTEMPT', 0)) > 0
     deadline = time.monotonic() + (PATIENCE_OF_RESTART if restarted else PATIENCE)
     waiting = False
-    # Through a link, the file of somebody else would be written.
+    # A link could point to the file of somebody else, which must not be written.
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         try:

@@ -34,7 +34,7 @@ __all__ = [
     'naming_data',
 ]
 
-# What the launchers call the number of a process among all.
+# The launchers' variables for the number of a process among all.
 RANK = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 # Data sets that fetch themselves.
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
@@ -42,7 +42,7 @@ DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 RATES = dict(lr=0, weight_decay=0)
 LENGTHS = dict(max_epochs=1, max_iters=1, val_interval=1)
 LEAST = dict(**RATES, **LENGTHS, batch_size=1, num_workers=0, accumulative_counts=1)
-# What mmdet reads of each table of an annotation file.
+# The columns that mmdet reads of each table of an annotation file.
 COLUMNS = dict(
     images=('id', 'file_name', 'width', 'height'),
     categories=('id', 'name'),

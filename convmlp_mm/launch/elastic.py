@@ -48,7 +48,7 @@ __all__ = ['FINAL', 'Agent', 'check_port', 'main', 'own_address']
 
 FINAL = (PREEMPTED, MISTAKE)
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
-# In seconds: how much longer the processes of another machine may take to end.
+# How much longer the processes of another machine may take to end, in seconds.
 PATIENCE = 60
 # The name of a rendezvous for a launcher that has nobody to wait for.
 ONE_MACHINE = 'one_machine'
@@ -79,7 +79,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group):
         if self._stopping:
-            # Asked to while there were none, between two attempts.
+            # The signal came between two attempts, while there was no process.
             raise SystemExit(PREEMPTED)
         self._attempt += 1
         if worker_group.group_rank == 0:
@@ -201,7 +201,7 @@ def main() -> None:
         try:
             run.run(options)
         except ChildFailedError as error:
-            # What the processes have said stands above; the rest is a table of them.
+            # The messages of the processes stand above; this is a table of them.
             print(error, file=sys.stderr)
             sys.exit(1)
 

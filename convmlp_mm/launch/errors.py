@@ -50,7 +50,7 @@ MISTAKES = (
     ValueError,
 )
 
-# Nor against these errors of a disk; others, of one that is far away, may pass.
+# Trying again does not help against these either; other errors of a far disk may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 PACKAGE = osp.dirname(osp.dirname(osp.abspath(__file__)))

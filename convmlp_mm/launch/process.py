@@ -55,7 +55,7 @@ def end_with_launcher() -> None:
     where it has PreemptionHook, and anything else ends at once. Other launchers and
     systems than Linux see to that themselves, or do not.
     """
-    # What this process starts has other parents.
+    # The processes that this one starts have another parent.
     launcher = os.environ.pop('CONVMLP_MM_LAUNCHER', None)
     if launcher is None or not sys.platform.startswith('linux'):
         return

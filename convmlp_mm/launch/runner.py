@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-# Of the names of checkpoints; S3 as mmengine spells it.
+# Prefixes of names of checkpoints, S3 as mmengine spells it.
 SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 
 

@@ -141,7 +141,7 @@ def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dic
     if scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
-        # As many objects in each image as COCO has on average.
+        # COCO has as many objects in each image on average.
         objects = dict(num_items=[7] * batch_size, num_classes=classes)
         masks = getattr(model, 'with_mask', False)
         return demo_mm_inputs(batch_size, (3, *shape), **objects, with_mask=masks)

@@ -87,7 +87,7 @@ def draw(rows: list[tuple], number: int) -> Figure:
     """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
     columns = 2 + max(len(stages) for _, _, stages in rows)
     side = math.ceil(number**0.5)
-    # In inches: two lines of title above maps of the image's proportions.
+    # Sizes in inches: two lines of title above maps of the image's proportions.
     heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
     figure = Figure(figsize=(2.1 * columns, sum(heights) + 0.4))
     body, foot = figure.subfigures(2, 1, height_ratios=(sum(heights), 0.4))

@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-# To be raised when the same arguments give other images than before.
+# This number is raised when the same arguments give other images than before.
 FORMAT = 2
 # Default and range.
 OPTIONS = {
@@ -39,7 +39,7 @@ OPTIONS = {
     'seed': (0, 0, 2**32 - 1),
     'classification-per-class': (40, 1, 99999),
 }
-# As COCO and as ADE20K name them.
+# The names that COCO and ADE20K have for them.
 SPLITS = {'train': 'training', 'val': 'validation'}
 
 
@@ -124,7 +124,7 @@ def make_image(seed: int, split: str, index: int, size: int, portrait: int = 0):
         else:
             continue
         objects, labels[mask] = left, label
-        # As fruits have, objects have a hue of their class: to learn from few images.
+        # Objects have a hue of their class, as fruits do, to be learnt from few images.
         hue = (label * 60 + rng.uniform(-25, 25)) % 360
         colour = np.float32([[[hue, rng.uniform(0.6, 1), rng.uniform(0.5, 1)]]])
         colour = cv2.cvtColor(colour, cv2.COLOR_HSV2BGR) * (1 - 0.3 * noise(rng, h, w))
@@ -137,7 +137,7 @@ def make_image(seed: int, split: str, index: int, size: int, portrait: int = 0):
 def save(path: Path, image: np.ndarray) -> None:
     """Write a JPEG or PNG, by the ending of the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not cv2.imwrite, which stays silent when the disk is full.
+    # cv2.imwrite would stay silent when the disk is full.
     path.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
 
 

@@ -161,7 +161,12 @@ def test_what_is_in_the_way_is_never_touched(kind, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_leaves_nothing(number, tmp_path):
     command = [sys.executable, str(TOOL), str(tmp_path / 'out'), '--train', '99999']
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # A shell has its jobs in the background ignore SIGINT, and they pass that on.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 30
         while not list(tmp_path.rglob('*.png')) and time.monotonic() < deadline:

@@ -136,12 +136,11 @@ def test_summary_and_curves_of_a_resumed_run_know_what_was_before(tmp_path):
     values = [0.1, 0.5, 0.4]
     first = make_runner(tmp_path, values, [SummaryHook()], interval=1)
     first.train()
-    train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=1)
-    runner = make_runner(tmp_path, [0.3, 0.2], [SummaryHook()], train_cfg, interval=1)
-    # A folder of logs of its own, as in another second.
+    # The folders of logs are named by the second, in which the next may begin too.
     path = Path(first.log_dir)
     path.rename(path.with_name('20200101_000000'))
-    (Path(runner.log_dir) / 'vis_data').mkdir(parents=True)
+    train_cfg = dict(by_epoch=True, max_epochs=4, val_interval=1)
+    runner = make_runner(tmp_path, [0.3, 0.2], [SummaryHook()], train_cfg, interval=1)
     # It goes back by an epoch.
     runner._resume, runner._load_from = True, str(tmp_path / 'epoch_2.pth')
     runner.train()

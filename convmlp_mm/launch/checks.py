@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import os.path as osp
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,6 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
-from mmengine.logging import print_log
 from mmengine.registry import OPTIMIZERS
 
 from ..hooks.data import walk_datasets
@@ -345,7 +344,8 @@ def check_annotations(content: object, path: str | os.PathLike) -> None:
 
 
 def _warn(message: str) -> None:
-    print_log(message, 'current', logging.WARNING)
+    # No log of a run is there yet.
+    print(f'warning: {message}', file=sys.stderr)
 
 
 def _find_fault(row: dict, size: list) -> str | None:

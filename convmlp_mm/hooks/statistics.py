@@ -243,7 +243,7 @@ def draw_curves(trained: Curves, validated: Curves, unit: str, title: str) -> by
         # A loss that falls by orders of magnitude would end as a flat line.
         if total and 0 < 50 * min(total) < max(total):
             ax.set_yscale('log')
-        ax.set(xlabel=steps, ylabel=label)
+        ax.set(xlabel=steps, ylabel=label, xlim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         if len(curves) > 1:

@@ -27,6 +27,7 @@ __all__ = [
     'list_images',
     'name_outputs',
     'predictor_of',
+    'read_image',
     'read_whole_image',
 ]
 
@@ -83,6 +84,18 @@ def read_whole_image(path: str) -> np.ndarray:
     if pixels is None:
         raise OSError(f'OpenCV cannot read {path}')
     return pixels
+
+
+def read_image(path: str) -> np.ndarray:
+    """Read an image as :func:`read_whole_image` does, and name it if that fails.
+
+    Raises:
+        ValueError: If it cannot be read to its end.
+    """
+    try:
+        return read_whole_image(path)
+    except Exception as error:  # Pillow raises what it likes for broken files.
+        raise ValueError(f'image {path!r} cannot be read: {error}') from error
 
 
 class Predictor:

@@ -1,7 +1,6 @@
 """What differs between the three toolkits, one row for each.
 
-Whatever branches on ``default_scope`` looks here: the order of the columns is the order
-in which a model is built, fed, drawn and described.
+What depends on ``default_scope`` and is wanted in more than one place stands here.
 """
 
 from __future__ import annotations
@@ -55,15 +54,15 @@ class Toolkit:
         return getattr(import_module(module), name)
 
 
-TOOLKITS = {
-    'mmpretrain': Toolkit(
+ROWS = (
+    Toolkit(
         scope='mmpretrain',
         inferencer='mmpretrain.apis.ImageClassificationInferencer',
         visualizer='UniversalVisualizer',
         sample='DataSample',
         results=dict(scores='pred_score'),
     ),
-    'mmdet': Toolkit(
+    Toolkit(
         scope='mmdet',
         inferencer='mmdet.apis.DetInferencer',
         visualizer='DetLocalVisualizer',
@@ -74,14 +73,15 @@ TOOLKITS = {
             labels='pred_instances.labels',
         ),
     ),
-    'mmseg': Toolkit(
+    Toolkit(
         scope='mmseg',
         inferencer='mmseg.apis.MMSegInferencer',
         visualizer='SegLocalVisualizer',
         sample='SegDataSample',
         results=dict(logits='seg_logits.data'),
     ),
-}
+)
+TOOLKITS = {row.scope: row for row in ROWS}
 
 
 def toolkit_of(scope: str | None) -> Toolkit:

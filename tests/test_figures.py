@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import load_model, prepare, read_image, state
+from common import load_model, prepare, state
 from feature_maps import as_map, choose_channels, extract_stages
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from PIL import Image
 from saliency import compute_saliency
 
 from convmlp_mm import get_model
+from convmlp_mm.predict import read_image
 from convmlp_mm.zoo import find_config
 
 RETINANET = 'retinanet_convmlp_s'

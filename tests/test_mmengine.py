@@ -53,3 +53,14 @@ def test_wrapper_of_the_optimizer_counts_batches(wrapper):
 def test_checkpoint_hook_saves_when_it_is_told_to():
     parameters = inspect.signature(CheckpointHook._save_checkpoint_with_step).parameters
     assert list(parameters) == ['self', 'runner', 'step', 'meta']
+
+
+@pytest.mark.parametrize(
+    ('caller', 'replaced'),
+    [
+        ('after_train', '_publish_model'),
+        ('_save_checkpoint', '_save_checkpoint_with_step'),
+    ],
+)
+def test_checkpoint_hook_calls_what_ours_replaces(caller, replaced):
+    assert f'self.{replaced}(' in inspect.getsource(getattr(CheckpointHook, caller))

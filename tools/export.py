@@ -10,7 +10,6 @@ import argparse
 import os.path as osp
 import sys
 
-import numpy as np
 import torch
 
 from convmlp_mm import __version__
@@ -18,7 +17,7 @@ from convmlp_mm.apis import build_model, load_weights
 from convmlp_mm.checkpoint import hash_file, locate_checkpoint
 from convmlp_mm.export import FORMATS, OPSETS, check_request, export, verify, write
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
-from convmlp_mm.predict import list_images, read_whole_image
+from convmlp_mm.predict import list_images, read_image
 from convmlp_mm.toolkits import default_shape
 from convmlp_mm.zoo import find_config, published_weights
 
@@ -38,13 +37,6 @@ def parse_args() -> argparse.Namespace:
     add('--overwrite', action='store_true', help='replace the file')
     add_cfg_options(parser)
     return parser.parse_args()
-
-
-def read_image(path: str) -> np.ndarray:
-    try:
-        return read_whole_image(path)
-    except Exception as error:  # Pillow raises what it likes for broken files.
-        raise ValueError(f'image {path!r} cannot be read: {error}') from error
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from convmlp_mm.apis import get_model, load_weights
 from convmlp_mm.checkpoint import check_output, hash_file, locate_checkpoint, write_file
-from convmlp_mm.predict import read_whole_image
 from convmlp_mm.toolkits import TOOLKITS
 from convmlp_mm.zoo import find_config, mim_folder, published_weights
 
@@ -111,14 +110,6 @@ def load_model(
     path = locate_checkpoint(weights)
     digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
     return StatedModel(name, model, f'weights: {osp.basename(weights)}{digest}')
-
-
-def read_image(path: str) -> np.ndarray:
-    """Read an image, (H, W, 3), uint8, blue first as in the toolkits."""
-    try:
-        return read_whole_image(path)
-    except Exception as error:  # Pillow raises what it likes for broken files.
-        raise ValueError(f'image {path!r} cannot be read: {error}') from error
 
 
 def prepare(

@@ -17,6 +17,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from convmlp_mm.launch import one_line_errors
+from convmlp_mm.predict import read_image
 
 NUM_DEPTHS = 4
 RULE = (
@@ -126,7 +127,7 @@ def main() -> None:
     with one_line_errors():
         if not 1 <= args.channels <= 64:
             raise ValueError(f'--channels must be 1 to 64, but got {args.channels}')
-        image = common.read_image(args.image)
+        image = read_image(args.image)
         sources = common.load_models(args, need_head=False)
         rows = [
             (source, *common.run(source, image, args.size, extract_stages))

@@ -16,6 +16,7 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 from convmlp_mm.launch import one_line_errors
+from convmlp_mm.predict import read_image
 
 RULE = (
     'Gradient of the score of the predicted class, before the softmax;\nlargest '
@@ -101,7 +102,7 @@ def main() -> None:
                 f'--labels must be one for each of the {len(args.images)} images, but '
                 f'there are {len(truths)}'
             )
-        images = [common.read_image(path) for path in args.images]
+        images = [read_image(path) for path in args.images]
         sources = common.load_models(args)
         for source in sources:
             if source.model.cfg.default_scope != 'mmpretrain':

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import runpy
 import socket
 import sys
 from functools import partial, reduce
@@ -115,6 +116,17 @@ def no_operators(answer, monkeypatch):
     monkeypatch.delitem(sys.modules, 'mmcv._ext', raising=False)
     assert len(convmlp_mm.ConvMLP(arch=tiny.ARCH)(torch.rand(1, 3, 32, 32))) == 4
     return failure(ext_loader.load_ext, '_ext', ['nms'])
+
+
+@provokes('NoneType takes no arguments')
+def new_transformers(answer, monkeypatch):
+    # What release 5 has no more is missing in the same way without the package.
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    models = Path(importlib.import_module('mmpretrain').__file__).parent / 'models'
+    (requirement,) = (x for x in answer.split("'") if x.startswith('transformers'))
+    assert '<5' in requirement
+    file = models / 'multimodal' / 'blip' / 'language_model.py'
+    return failure(runpy.run_path, str(file))
 
 
 @provokes('MMCV==2.2.0 is used but incompatible')

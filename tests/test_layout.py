@@ -9,6 +9,7 @@ import copy
 import re
 import runpy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,27 +183,33 @@ def assert_equal(found, expected, tolerance=1e-5):
             assert difference <= tolerance * scale, name
 
 
-@pytest.fixture
-def double(monkeypatch):
+@contextmanager
+def in_double():
     """Let detectors run in float64, for which NMS and pasting of masks are not made."""
     nms = sys.modules['mmcv.ops.nms']
-    select = nms.ext_module.nms
+    select, paste = nms.ext_module.nms, fcn_mask_head._do_paste_mask
     single = SimpleNamespace(
         nms=lambda boxes, scores, **more: select(boxes.float(), scores.float(), **more)
     )
-    paste = fcn_mask_head._do_paste_mask
-    monkeypatch.setattr(nms, 'ext_module', single)
-    monkeypatch.setattr(
-        fcn_mask_head,
-        '_do_paste_mask',
-        lambda masks, boxes, *more, **kwargs: paste(
-            masks, boxes.float(), *more, **kwargs
-        ),
-    )
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nms, 'ext_module', single)
+        patch.setattr(
+            fcn_mask_head,
+            '_do_paste_mask',
+            lambda masks, boxes, *more, **kwargs: paste(
+                masks, boxes.float(), *more, **kwargs
+            ),
+        )
+        torch.set_default_dtype(torch.float64)
+        yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def double():
+    with in_double():
+        yield
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -32,6 +32,7 @@ __all__ = [
     'ChannelsLastHook',
     'CheckWeightsHook',
     'CompileBackboneHook',
+    'compile_backbone',
     'has_bfloat16',
     'needs_contiguous',
     'operator_of_mmcv',
@@ -234,6 +235,24 @@ class ChannelsLastHook(Hook):
             runner.model = runner.wrap_model(wrapper, model.module)
 
 
+def compile_backbone(backbone: nn.Module, options: dict) -> None:
+    """Compile a backbone in place, when it first runs.
+
+    Args:
+        backbone (nn.Module): Of any kind.
+        options (dict): Arguments of ``torch.compile``.
+    """
+    if options.get('backend', 'inductor') == 'inductor' and 'mode' not in options:
+        from torch._inductor import config
+
+        # torch 2.14 fails to sort the strides of outputs that are views of unknown
+        # size in training, as channels-last maps are. Older ones have no such key.
+        key = 'strict_output_strides'
+        mend = {key: True} if hasattr(config, key) else {}
+        options = {**options, 'options': {**mend, **options.get('options', {})}}
+    backbone.compile(**options)
+
+
 @HOOKS.register_module()
 class CompileBackboneHook(Hook):
     """Compile the backbone where the configuration says ``compile``.
@@ -264,16 +283,7 @@ class CompileBackboneHook(Hook):
         backbone = getattr(unwrap_model(runner.model), 'backbone', None)
         if not isinstance(backbone, ConvMLP) or options is None or options is False:
             return
-        options = {} if options is True else dict(options)
-        if options.get('backend', 'inductor') == 'inductor' and 'mode' not in options:
-            from torch._inductor import config
-
-            # torch 2.14 fails to sort the strides of outputs that are views of unknown
-            # size in training, as channels-last maps are. Older ones have no such key.
-            key = 'strict_output_strides'
-            mend = {key: True} if hasattr(config, key) else {}
-            options['options'] = {**mend, **options.get('options', {})}
-        backbone.compile(**options)
+        compile_backbone(backbone, {} if options is True else dict(options))
         runner.cfg.compile = None
         runner.logger.info(
             'The backbone is compiled when it first runs, which takes a while.'

@@ -2,9 +2,10 @@
 """Kill a training again and again, and see whether it ends as if nothing had happened.
 
 A RetinaNet with ConvMLP-S is trained on generated pictures by tools/train.py, once
-undisturbed and once with SIGKILL at random moments, after each of which it is started
-again with --resume. Saving is slowed down, so that some of the kills hit it. At the end
-the weights, the optimizer and the random numbers of both have to be equal bit for bit.
+undisturbed and once with SIGKILL (with --signal TERM: SIGTERM, on which it saves and
+stops) at random moments, after each of which it is started again with --resume. Saving
+is slowed down, so that some of the kills hit it. At the end the weights, the optimizer
+and the random numbers of both have to be equal bit for bit.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--processes', type=int, default=1, help='of the training; all are killed'
     )
+    parser.add_argument('--signal', choices=('KILL', 'TERM'), default='KILL')
     parser.add_argument(
         '--epochs', type=int, default=12, help='of about seven iterations each'
     )
@@ -126,9 +128,12 @@ class Training:
         return any(self.folder.glob('.*.tmp'))
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Kill a process and all that it has started."""
-    os.killpg(process.pid, signal.SIGKILL)
+def kill(process: subprocess.Popen, name: str) -> None:
+    """Send a signal to a process, if KILL then to all that it has started, too."""
+    if name == 'KILL':
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.terminate()
     process.wait()
 
 
@@ -148,7 +153,7 @@ def disturb(training: Training, args: argparse.Namespace) -> tuple[int, int]:
             process.wait(moments.uniform(0, args.latest))
             break
         except subprocess.TimeoutExpired:
-            kill(process)
+            kill(process, args.signal)
         kills += 1
         saving = training.is_saving()
         in_saves += saving
@@ -178,8 +183,12 @@ def differences(a: object, b: object, at: str = '') -> list[str]:
             return [f'{at}: {len(a)} and {len(b)} items']
         pairs = enumerate(zip(a, b))
         return [text for i, (x, y) in pairs for text in differences(x, y, f'{at}/{i}')]
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [at]
+    if isinstance(a, torch.Tensor):
+        if torch.equal(a, b):
+            return []
+        largest = (a.double() - b.double()).abs().max() / a.double().abs().max()
+        return [f'{at} by {float(largest):.1e}']
+    return [] if a == b else [at]
 
 
 def main() -> None:

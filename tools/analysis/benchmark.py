@@ -8,8 +8,12 @@ round by round; weights are random and images are noise.
 
 options of a model, after @:
   deploy         BN folded into the convolutions (infer)
-  bf16           bfloat16: the model itself (infer), autocast (train)
+  tf32           float32 with products in TF32, which are exact without it
+  bf16, fp16     that type: the model itself (infer), mixed precision (train)
   channels-last  weights and images in channels-last memory
+  cp             gradient checkpointing in the backbone (train)
+  compile        torch.compile of the backbone
+  graph          the whole step as a CUDA graph (infer)
 """
 
 import argparse
@@ -33,24 +37,47 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from convmlp_mm import ConvMLP, launch
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.checkpoint import check_output, write_file
-from convmlp_mm.hooks.model import operator_of_mmcv, use_channels_last
+from convmlp_mm.hooks.model import (
+    compile_backbone,
+    operator_of_mmcv,
+    use_channels_last,
+)
 from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.launch.runner import plain_optim_wrapper
 from convmlp_mm.launch.tables import format_table
 from convmlp_mm.toolkits import default_shape, toolkit_of
 from convmlp_mm.zoo import WORKER_KEYS, find_config
 
-OPTIONS = ('deploy', 'bf16', 'channels-last')
+# With the modes in which each makes sense.
+OPTIONS = {
+    'deploy': ('infer',),
+    'tf32': ('infer', 'train'),
+    'bf16': ('infer', 'train'),
+    'fp16': ('infer', 'train'),
+    'channels-last': ('infer', 'train'),
+    'cp': ('train',),
+    'compile': ('infer', 'train'),
+    'graph': ('infer',),
+}
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 PUBLISHED = 'published::'
 REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
 # Largest difference over the largest value, in float64.
 TOLERANCE = 1e-6
+
+
+# Settings of twins that have been checked in this process.
+_CHECKED: list[dict] = []
 
 
 class Entry(NamedTuple):
@@ -61,6 +88,17 @@ class Entry(NamedTuple):
     published: bool
     options: list[str]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that products are computed in."""
+        return next((DTYPES[o] for o in self.options if o in DTYPES), torch.float32)
+
+    @property
+    def precision(self) -> str:
+        """Its name, as the ceilings have it."""
+        names = ('bf16', 'fp16', 'tf32')
+        return next((o for o in names if o in self.options), 'float32')
+
 
 def parse_entry(text: str, mode: str) -> Entry:
     """Read NAME[@OPTION,...] and check all that can be checked before it is built."""
@@ -70,9 +108,13 @@ def parse_entry(text: str, mode: str) -> Entry:
         if option not in OPTIONS:
             known = ', '.join(OPTIONS)
             raise ValueError(f'{text!r}: unknown option {option!r}; there are {known}')
+        if mode not in OPTIONS[option]:
+            raise ValueError(f'{text!r}: {option!r} is not for {mode}')
+    if len({'tf32', *DTYPES} & set(options)) > 1:
+        raise ValueError(f'{text!r} names more than one precision')
     published, name = name.startswith(PUBLISHED), name.removeprefix(PUBLISHED)
-    if 'deploy' in options and (published or mode != 'infer'):
-        raise ValueError(f"{text!r}: 'deploy' is for infer, and not for {PUBLISHED}")
+    if 'deploy' in options and published:
+        raise ValueError(f"{text!r}: 'deploy' is not for {PUBLISHED}")
     cfg = find_config(name)
     kind = (cfg.model.get('backbone') or {}).get('type')
     if published and kind != 'ConvMLP':
@@ -92,7 +134,10 @@ def published_backbone(ours: ConvMLP, settings: dict) -> nn.Module:
     # An argument that the release has not is a TypeError that names it.
     twin = reference['PublishedConvMLP'](**settings)
     twin.load_state_dict(ours.state_dict())
-    check_equal(ours, twin.train(ours.training))
+    twin.train(ours.training)
+    if settings not in _CHECKED:
+        check_equal(ours, twin)
+        _CHECKED.append(settings)
     return twin
 
 
@@ -146,6 +191,9 @@ def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dic
         masks = getattr(model, 'with_mask', False)
         return demo_mm_inputs(batch_size, (3, *shape), **objects, with_mask=masks)
     images = torch.randint(256, (batch_size, 3, *shape), dtype=torch.uint8)
+    if torch.cuda.is_available():
+        # As the loaders of the recipes do, so that copies to the GPU are fast.
+        images = images.pin_memory()
     if scope == 'mmpretrain':
         from mmpretrain.structures import DataSample
 
@@ -176,6 +224,9 @@ def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
     if 'deploy' in entry.options:
         switch_to_deploy(model)
     layout = torch.preserve_format
+    for module in model.modules() if 'cp' in entry.options else ():
+        if hasattr(module, 'with_cp'):
+            module.with_cp = True
     if 'channels-last' in entry.options:
         layout, operator = torch.channels_last, operator_of_mmcv(model)
         if operator:
@@ -191,17 +242,112 @@ def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
     torch.manual_seed(0)
     batch = draw_batch(model, args.batch_size, shape)
     build = _inference if args.mode == 'infer' else _training
-    return build(entry, model, batch, layout)
+    step, tf32 = build(entry, model, batch, layout), 'tf32' in entry.options
+
+    def precise_step():
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        return step()
+
+    # Fused operators could not be counted one by one.
+    work = count_work(precise_step)
+    if 'compile' in entry.options:
+        compile_backbone(model.backbone, {})
+    return as_graph(precise_step) if 'graph' in entry.options else precise_step, work
+
+
+class Traffic(TorchDispatchMode):
+    """Count the bytes if each operator moves its own tensors once.
+
+    Attributes:
+        bytes (int): Of the inputs and outputs of all operators that make no view.
+    """
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs, out))
+            self.bytes += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
+        return out
+
+
+def count_work(step) -> dict[str, int]:
+    """Run a step; return its operations, an addition counting as one, and bytes."""
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+        step()
+    return dict(flops=counter.get_total_flops(), bytes=traffic.bytes)
+
+
+def as_graph(step):
+    """Record a step as a CUDA graph; return what runs it again."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """Measure what a device can do: operations and copied bytes a second.
+
+    Returns:
+        dict: The rate of a product of two large matrices by precision, and ``copy``,
+        the bytes read and written a second while a large tensor is copied.
+    """
+    cuda = device != 'cpu'
+    size = 8192 if cuda else 2048
+    types = dict.fromkeys(('float32', 'tf32') if cuda else ('float32',), torch.float32)
+    found = {}
+    for name, dtype in {**types, **(DTYPES if cuda else {})}.items():
+        torch.backends.cuda.matmul.allow_tf32 = name == 'tf32'
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        found[name] = 2 * size**3 / seconds_of(torch.mm, a, a)
+    a = torch.randn(2**28 if cuda else 2**25, device=device)
+    b = torch.empty_like(a)
+    return dict(found, copy=2 * a.nbytes / seconds_of(b.copy_, a))
+
+
+def seconds_of(function, *args) -> float:
+    """Return the median time of a call."""
+    names = dict(function=function, args=args)
+    threads = torch.get_num_threads()
+    timer = Timer('function(*args)', globals=names, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=0.3).median
+
+
+def profile_step(step, rows: int = 15) -> dict[str, dict[str, float]]:
+    """Return the milliseconds of a step by operator and by kernel, longest first."""
+    steps = 3
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    found = dict(operators={}, kernels={})
+    spent = 'device' if torch.cuda.is_available() else 'cpu'
+    for event in profiler.key_averages():
+        kind = 'operators' if event.device_type == DeviceType.CPU else 'kernels'
+        time = getattr(event, f'self_{spent}_time_total') / steps / 1e3
+        found[kind][event.key] = time
+    for kind, times in found.items():
+        longest = sorted(times, key=times.get, reverse=True)[:rows]
+        found[kind] = {name: times[name] for name in longest if times[name] > 0}
+    return found
 
 
 def _inference(entry: Entry, model: nn.Module, batch: dict, layout):
     """Return the forward pass on images that are ready, up to the head's outputs."""
-    dtype = torch.bfloat16 if 'bf16' in entry.options else torch.float32
     batch = model.data_preprocessor(batch, False)
-    arguments = [batch['inputs'].to(dtype).contiguous(memory_format=layout)]
+    arguments = [batch['inputs'].to(entry.dtype).contiguous(memory_format=layout)]
     if model.cfg.default_scope == 'mmdet':
         arguments += [batch['data_samples'], 'tensor']
-    model.to(dtype)
+    model.to(entry.dtype)
     return torch.no_grad()(lambda: model(*arguments))
 
 
@@ -211,6 +357,11 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
         type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)
     )
     plain_optim_wrapper(settings)
+    device = next(model.parameters()).device.type
+    mixed = entry.dtype != torch.float32
+    if mixed and device != 'cpu':
+        # What --amp does.
+        settings.update(type='AmpOptimWrapper', dtype=str(entry.dtype).split('.')[1])
     model.train()
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)
@@ -220,13 +371,11 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     # Some models ask the Runner how far it is.
     progress = dict(iter=0, epoch=0, max_iters=1, max_epochs=1)
     MessageHub.get_current_instance().update_info_dict(progress)
-    device = next(model.parameters()).device.type
-    mixed = 'bf16' in entry.options
 
     def step():
         # The preprocessor may change the samples, not the images.
         samples = copy.deepcopy(batch['data_samples'])
-        cast = torch.autocast(device, torch.bfloat16, enabled=mixed)
+        cast = torch.autocast(device, entry.dtype, enabled=mixed and device == 'cpu')
         with cast, wrapper.optim_context(model):
             data = model.data_preprocessor({**batch, 'data_samples': samples}, True)
             inputs = data['inputs'].contiguous(memory_format=layout)
@@ -246,7 +395,7 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
         before = torch.cuda.memory_allocated()
     print(f'preparing {entry.text}')
     with launch.one_line_errors():
-        step = build_step(entry, shape, args)
+        step, work = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.warmup):
@@ -254,7 +403,11 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     memory = torch.cuda.max_memory_allocated() - before if cuda else None
     threads = torch.get_num_threads()
     timer = Timer('step()', globals=dict(step=step), num_threads=threads)
-    return timer, dict(model=entry.text, shape=shape, memory=memory, seconds=[])
+    row = dict(model=entry.text, precision=entry.precision, shape=shape, memory=memory)
+    row.update(work, seconds=[])
+    if args.profile:
+        row['profile'] = profile_step(step)
+    return timer, row
 
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
@@ -264,6 +417,7 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     if args.malloc:
         keep_memory()
     timers, rows = zip(*(prepare(entry, args) for entry in entries))
+    ceilings = measure_ceilings(args.device)
     draw, order = random.Random(0), []
     for i in range(args.rounds):
         print(f'round {i + 1}/{args.rounds}')
@@ -272,24 +426,31 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
             found = timers[n].blocked_autorange(min_run_time=0.05)
             rows[n]['seconds'].append(found.median)
     for row in rows:
-        summarize(row, rows[0]['seconds'], args.batch_size)
+        summarize(row, rows[0]['seconds'], args.batch_size, ceilings)
     cells = []
     for row in rows:
         times = [f'{1e3 * row[key]:.2f}' for key in ('median', 'q1', 'q3')]
         rates = [f'{row["images_per_second"]:.1f}', f'{row["ratio"]:.3f}']
         memory = '-' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
-        cells.append([row['model'], *times, *rates, memory])
+        shares = [f'{100 * row[key]:.0f}' for key in ('rate_share', 'copy_share')]
+        cells.append([row['model'], *times, *rates, memory, *shares])
     threads = torch.get_num_threads()
-    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB']
+    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB', 'rate %', 'copy %']
+    limits = ', '.join(f'{k} {v / 1e12:.2f}' for k, v in ceilings.items())
     table = format_table(header, cells) + (
         f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
         f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
         f'{torch.__version__}, {args.device}, {threads} threads\n'
+        'rate, copy: operations and bytes of the operators a second, in percent of the '
+        f'measured (in 10^12: {limits})\n'
     )
-    return dict(models=rows, order=order, threads=threads), table
+    found = dict(models=rows, order=order, threads=threads, ceilings=ceilings)
+    return found, table
 
 
-def summarize(row: dict, first: list[float], batch_size: int) -> None:
+def summarize(
+    row: dict, first: list[float], batch_size: int, ceilings: dict[str, float]
+) -> None:
     """Add the figures that follow from the seconds of each round.
 
     The ratio to the first model is the median of those in each round, which slow
@@ -299,6 +460,9 @@ def summarize(row: dict, first: list[float], batch_size: int) -> None:
     ratio = float(np.median(np.divide(first, row['seconds'])))
     row.update(q1=low, median=median, q3=high, ratio=ratio)
     row['images_per_second'] = batch_size / median
+    rate = ceilings.get(row['precision'], ceilings['float32'])
+    row['rate_share'] = row['flops'] / median / rate
+    row['copy_share'] = row['bytes'] / median / ceilings['copy']
 
 
 def build_loader(cfg: Config, workers: int, batch_size: int | None):
@@ -366,6 +530,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         add('--rounds', type=number, default=10)
         add('--warmup', type=number, default=3, help='steps of each')
         add('--malloc', action='store_true', help='let it keep memory')
+        add('--profile', action='store_true', help='also note the time by operator')
     data.add_argument('config', help='configuration, named as the models are')
     launch.add_cfg_options(data)
     data.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])

@@ -51,7 +51,8 @@ def tool(monkeypatch, capsys):
     def run(name, *options):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, options)])
         # Runs of other toolkits in this process have left theirs.
-        monkeypatch.setattr(Visualizer, '_instance_dict', OrderedDict())
+        for kind in (Visualizer, *Visualizer.__subclasses__()):
+            monkeypatch.setattr(kind, '_instance_dict', OrderedDict())
         code = 0
         path = ROOT / 'tools' / name
         try:

@@ -46,10 +46,14 @@ EXAMPLES = {
     for page in ('README.md', 'docs/data.md')
     for name, text in EXAMPLE.findall((ROOT / page).read_text(encoding='utf-8'))
 }
+# The hooks leave ResNets alone, whose larger ones would show no more.
 NAMES = [
     pytest.param(name, marks=() if 'convmlp_s' in name else pytest.mark.slow)
     for name in (*CONFIGS, *EXAMPLES)
+    if 'baselines' not in name or 'resnet18' in name
 ]
+# M and L round as S does.
+ROUNDED = [x for x in NAMES if not re.search('_[ml][_.]|resnet', x.values[0])]
 
 
 def read(name, folder):
@@ -227,7 +231,7 @@ def test_every_system_computes_what_it_does_from_contiguous_maps(
     assert_equal(predict(model), predicted)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ROUNDED)
 def test_layout_adds_no_more_error_than_autocast_itself(name, tmp_path):
     """Rounding to bfloat16 differs where sums are taken in another order."""
     cfg = read(name, tmp_path)

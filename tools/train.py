@@ -16,7 +16,6 @@ from mmengine.device import get_device
 
 from convmlp_mm import launch
 from convmlp_mm.hooks import find_latest_checkpoint
-from convmlp_mm.hooks.checkpoint import checkpoint_hooks
 from convmlp_mm.hooks.model import has_bfloat16
 
 
@@ -120,9 +119,6 @@ def main() -> None:
         stack.enter_context(launch.closing_group())
         stack.enter_context(launch.naming_data())
         runner = launch.build_runner(cfg)
-        for hook in checkpoint_hooks(runner):
-            # load_from may be the configuration's own, or another found since.
-            hook.start_is_chosen = args.resume is not None
         runner.train()
 
 

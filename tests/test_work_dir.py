@@ -10,8 +10,6 @@ import sys
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.runner import Runner
 from toy import LENGTH, write_config
 
 from convmlp_mm.hooks import work_dir
@@ -110,18 +108,6 @@ def test_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, caps
         assert (tmp_path / LOCK).exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert f'{str(tmp_path / LOCK)!r} cannot be locked (No locks available)' in line
-
-
-def test_runner_with_the_hook_is_refused_before_it_saves(tmp_path, monkeypatch):
-    monkeypatch.setattr(work_dir, 'PATIENCE', 0)
-    cfg = Config.fromfile(write_config(tmp_path / 'toy.py', epochs=1))
-    cfg.work_dir, cfg.experiment_name = str(tmp_path / 'work'), tmp_path.name
-    runner = Runner.from_cfg(cfg)
-    with held(tmp_path / 'work'), pytest.raises(BlockingIOError, match='in use by'):
-        runner.train()
-    assert not list((tmp_path / 'work').glob('*.pth'))
-    runner.train()
-    assert not (tmp_path / 'work' / LOCK).exists()
 
 
 @pytest.mark.parametrize(('rank', 'waits'), [('0', True), ('1', False)])

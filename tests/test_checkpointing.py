@@ -20,7 +20,7 @@ from tiny import full_disk
 from torch.utils.data import Dataset
 
 from convmlp_mm.checkpoint import read_checkpoint, remove_leftovers
-from convmlp_mm.hooks import SafeCheckpointHook, find_latest_checkpoint
+from convmlp_mm.hooks import find_latest_checkpoint
 from convmlp_mm.hooks.checkpoint import (
     AtomicLocalBackend,
     NotSavedError,

@@ -171,9 +171,8 @@ def test_images_are_named_as_far_as_the_batch_does(tmp_path, batch, names):
 
 def test_outputs_of_other_training_steps_pass(tmp_path):
     runner, hook = scaled(tmp_path), FiniteLossHook()
-    outputs = dict(
-        loss=torch.ones(2), loss_a=torch.ones(()), losses=[1, 2], loss_b=None
-    )
+    terms = dict(loss_a=torch.ones(()), losses=[1, 2], loss_b=None)
+    outputs = dict(loss=torch.ones(2), **terms)
     look(runner, outputs, hook=hook)
     for given in ([torch.ones(1)], None):
         hook.after_train_iter(runner, 0, None, given)

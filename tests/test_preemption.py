@@ -209,6 +209,10 @@ def test_worker_of_a_data_loader_obeys_its_parent_alone(taken):
     (worker,) = batches._workers
     for number in SIGNALS:
         subprocess.run(['kill', f'-{int(number)}', str(worker.pid)], check=True)
+    # A signal that comes while the same one is pending is lost.
+    status = Path(f'/proc/{worker.pid}/status')
+    while 'ShdPnd:\t0000000000000000' not in status.read_text():
+        time.sleep(0.01)
     # Another one, after the signals.
     assert len(next(batches)) == 1 and worker.is_alive()
     worker.terminate()

@@ -325,7 +325,8 @@ class SafeCheckpointHook(CheckpointHook):
         for key in ('out_dir', 'published_keys'):
             if kwargs.get(key) is not None:
                 raise ValueError(
-                    f'SafeCheckpointHook takes no {key}, see its docstring'
+                    f'{key} is not for SafeCheckpointHook: it saves in the work dir, '
+                    'and tools/publish_model.py publishes a checkpoint'
                 )
         super().__init__(backend_args=dict(backend='atomic_local'), **kwargs)
 

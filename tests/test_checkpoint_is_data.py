@@ -639,10 +639,6 @@ MALFORMED = {
     'random numbers': (put('exact_resume.processes.0.random', {}), 'damaged: KeyError'),
     'negative batches': (put('exact_resume.batches', -3), 'exact_resume is damaged'),
     'many batches': (put('exact_resume.batches', 10**18), 'exact_resume is damaged'),
-    'gradients': (
-        put('exact_resume.processes.0.grads', [torch.ones(2, 1, 3), None]),
-        'exact_resume is damaged',
-    ),
 }
 
 

@@ -45,12 +45,11 @@ def held(folder):
         run.stdout.close()
 
 
-def test_second_run_is_told_who_has_the_work_dir(tmp_path, monkeypatch, capsys):
+def test_second_run_is_told_who_has_the_work_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(work_dir, 'PATIENCE', 0.5)
     words = f'{str(tmp_path)!r} is in use by process 7 of there since noon: train.py'
     with held(tmp_path), pytest.raises(BlockingIOError, match=words):
         work_dir_lock(tmp_path).__enter__()
-    assert 'waiting for the work dir: process 7' in capsys.readouterr().err
 
 
 def test_run_that_is_killed_leaves_no_lock(tmp_path):
@@ -78,7 +77,7 @@ def test_lock_waits_for_a_run_that_is_ending(tmp_path):
             assert run.wait() == -signal.SIGKILL
 
 
-def test_lock_holds_against_others_until_its_last_holder_here_ends(tmp_path):
+def test_lock_holds_against_others_until_its_holder_ends(tmp_path):
     code = (
         'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | '
         'fcntl.LOCK_NB)'
@@ -92,8 +91,6 @@ def test_lock_holds_against_others_until_its_last_holder_here_ends(tmp_path):
             stack.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        with work_dir_lock(tmp_path / 'new' / '..' / 'new'):
-            pass
         refused = subprocess.run(command, capture_output=True, text=True)
         assert 'BlockingIOError' in refused.stderr
     assert subprocess.run(command).returncode == 0

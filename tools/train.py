@@ -104,14 +104,15 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with launch.one_line_errors():
             cfg = prepare(args)
-            if osp.isdir(cfg.work_dir):
+            is_there = osp.isdir(cfg.work_dir)
+            if is_there:
                 stack.enter_context(launch.lock_of_training(cfg))
             choose_start(cfg, args.resume)
             # An empty val_cfg validates, too.
             splits = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
             launch.check_data(cfg, splits)
             # Neither a mistake nor a check makes a folder.
-            if not args.check:
+            if not is_there and not args.check:
                 stack.enter_context(launch.lock_of_training(cfg))
         if args.check:
             return

@@ -57,9 +57,8 @@ def average(tensors: Sequence[Tensor]) -> None:
 class StepHook(Hook):
     """A hook with numbers that the processes share after each step.
 
-    The hooks of this kind put their numbers into one vector, so that a step costs one
-    all-reduce beside that of the gradients, whichever of them a configuration lists.
-    The first of them to be called does it for all.
+    Those of all such hooks form one vector, so that a step costs one all-reduce beside
+    that of the gradients. The first hook to be called does it for all.
     """
 
     # The numbers must be shared before EMAHook copies the statistics and a hook saves.
@@ -199,13 +198,12 @@ class PreemptionHook(StepHook):
 
     In the middle of an epoch the checkpoint is named ``iter_{iter}.pth``, is not among
     those that ``max_keep_ckpts`` counts, and is deleted when the resumed run has saved
-    a regular one. Where a checkpoint is saved anyway, there is no other. After the last
-    iteration the run goes on to its end.
+    a regular one. After the last iteration the run goes on to its end.
 
-    Workers of data loaders that start after ``before_run`` ignore the signals, which
-    may have been sent to the whole job step. In mmengine up to 0.10.7,
-    ``IterBasedTrainLoop`` starts its workers before any hook. Other processes that are
-    forked, such as the pool of a metric, treat the signals as without this hook.
+    Workers of data loaders ignore the signals, which may have been sent to the whole
+    job step, but for those that ``IterBasedTrainLoop`` of mmengine up to 0.10.7 starts
+    before any hook. Other processes that are forked, such as the pool of a metric,
+    treat the signals as without this hook.
     """
 
     # This hook comes after CheckpointHook, to see what it has saved.
@@ -358,11 +356,9 @@ os.register_at_fork(
 def _obey_only_parent(init: Callable[[int], None] | None, worker_id: int) -> None:
     """Let a worker of a data loader ignore the signals, but for its parent's SIGTERM.
 
-    A signal to the whole job step reaches the workers too. One that ends takes the run
-    with it, before that has saved. They cannot just ignore SIGTERM: by it the loader
-    ends a worker that hangs. A handler is not told who has sent a signal, only a thread
-    that waits for it is. So the worker blocks the signals, which its threads inherit,
-    and one thread waits for them.
+    A worker that ends takes the run with it, before that has saved. But by SIGTERM the
+    loader ends a worker that hangs. A handler is not told who has sent a signal, only a
+    thread that waits for it is, while all threads block it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_wait_for_parent, daemon=True).start()

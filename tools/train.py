@@ -16,7 +16,6 @@ from mmengine.device import get_device
 
 from convmlp_mm import launch
 from convmlp_mm.hooks import find_latest_checkpoint
-from convmlp_mm.hooks.checkpoint import checkpoint_hooks
 from convmlp_mm.hooks.model import has_bfloat16
 
 
@@ -105,14 +104,15 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with launch.one_line_errors():
             cfg = prepare(args)
-            if osp.isdir(cfg.work_dir):
+            is_there = osp.isdir(cfg.work_dir)
+            if is_there:
                 stack.enter_context(launch.lock_of_training(cfg))
             choose_start(cfg, args.resume)
             # An empty val_cfg validates, too.
             splits = ('train',) if cfg.get('val_cfg') is None else ('train', 'val')
             launch.check_data(cfg, splits)
             # Neither a mistake nor a check makes a folder.
-            if not args.check:
+            if not is_there and not args.check:
                 stack.enter_context(launch.lock_of_training(cfg))
         if args.check:
             return
@@ -120,9 +120,6 @@ def main() -> None:
         stack.enter_context(launch.closing_group())
         stack.enter_context(launch.naming_data())
         runner = launch.build_runner(cfg)
-        for hook in checkpoint_hooks(runner):
-            # load_from may be the configuration's own, or another found since.
-            hook.start_is_chosen = args.resume is not None
         runner.train()
 
 

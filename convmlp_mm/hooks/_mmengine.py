@@ -11,7 +11,6 @@ from mmengine.runner import BaseLoop, Runner
 
 __all__ = [
     'accumulative_counts',
-    'is_loaded',
     'is_resumed',
     'is_training',
     'load_from',
@@ -37,11 +36,6 @@ def is_resumed(runner: Runner) -> bool:
 def load_from(runner: Runner) -> str | None:
     """Return the checkpoint that the run starts or goes on from, if one is named."""
     return runner._load_from
-
-
-def is_loaded(runner: Runner) -> bool:
-    """Tell whether the checkpoint of the run has been read."""
-    return runner._has_loaded
 
 
 def set_start(runner: Runner, resume: bool, checkpoint: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import logging
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,16 +10,14 @@ from itertools import islice
 
 import numpy as np
 import torch
-from mmengine.device import get_device
 from mmengine.dist import gather_object, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ._mmengine import is_resumed, is_training, train_loader_settings
-from .agreement import steps_of
 
 __all__ = ['ExactResumeHook', 'check_state', 'get_random_state', 'set_random_state']
 
@@ -31,58 +28,36 @@ KEY = 'exact_resume'
 # Random numbers
 
 
-def _accelerator():
-    """Return torch.cuda or what stands for it on this machine; None on a CPU."""
-    module = getattr(torch, get_device(), None)
-    return module if hasattr(module, 'get_rng_state') else None
-
-
 def get_random_state() -> dict:
-    """Read the states of Python, numpy, torch and the process's own device.
-
-    Returns:
-        dict: Tensors and numbers, which :func:`torch.load` reads without unpickling
-        anything else.
-    """
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    keys = torch.from_numpy(keys.astype(np.int64))
+    """Read the states of Python, numpy, torch and the process's own GPU."""
+    kind, keys, *rest = np.random.get_state()
     state = dict(
-        python=(version, torch.tensor(words), gauss),
-        numpy=(kind, keys, int(position), int(has_gauss), float(cached)),
+        python=random.getstate(),
+        # An array would have to be unpickled.
+        numpy=(kind, keys.tolist(), *rest),
         torch=torch.get_rng_state(),
     )
-    accelerator = _accelerator()
-    if accelerator is not None:
-        state['device'] = accelerator.get_rng_state()
+    if torch.cuda.is_available():
+        state['device'] = torch.cuda.get_rng_state()
     return state
 
 
 def set_random_state(state: dict) -> None:
-    """Set what :func:`get_random_state` has read.
-
-    Args:
-        state (dict): Its result; the state of a device is left out where there is none.
-    """
-    version, words, gauss = state['python']
-    random.setstate((version, tuple(words.tolist()), gauss))
-    kind, keys, *rest = state['numpy']
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    """Set what :func:`get_random_state` has read, where there is a GPU for its own."""
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'].cpu())
-    accelerator = _accelerator()
-    if accelerator is not None and 'device' in state:
-        accelerator.set_rng_state(state['device'].cpu())
+    if torch.cuda.is_available() and 'device' in state:
+        torch.cuda.set_rng_state(state['device'].cpu())
 
 
 # The position in the data
 
 
 def _build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
-    """Give the samplers the seed of the first start, and none of its batches.
-
-    A loader that the caller has built stays: the caller knows the seed.
-    """
+    """Give the samplers the seed of the first start, and none of its batches."""
     settings = train_loader_settings(runner)
+    # Of a loader that the caller has built, the caller knows the seed.
     if isinstance(settings, dict):
         randomness = runner.cfg.get('randomness', {})
         loop.dataloader = runner.build_dataloader(
@@ -96,18 +71,13 @@ class ResumedBatchSampler:
     """A batch sampler whose first round is what is left of one.
 
     Args:
-        loader (DataLoader): One that has not been used. It gets this sampler.
-        rest (Callable): Returns the batches that are left.
-        begin (Callable): Called before the first batch, once the loader has drawn
-            the random number that it begins with.
+        loader: One that has not been used. It gets this sampler.
+        rest: Returns the batches that are left.
+        begin: Called before the first batch, once the loader has drawn the random
+            number that it begins with.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader,
-        rest: Callable[[], Iterator],
-        begin: Callable[[], None],
-    ) -> None:
+    def __init__(self, loader: DataLoader, rest: Callable, begin: Callable) -> None:
         self.batch_sampler = loader.batch_sampler
         self.first = (rest, begin)
         # torch forbids the assignment, lest a sampler change under a loader in use.
@@ -125,14 +95,10 @@ class ResumedBatchSampler:
         return len(self.batch_sampler)
 
     def __getattr__(self, name: str) -> object:
-        if name == 'batch_sampler':
-            raise AttributeError(name)
         return getattr(self.batch_sampler, name)
 
 
-def _skip_in_epoch(
-    loop: EpochBasedTrainLoop, count: int, begin: Callable[[], None]
-) -> None:
+def _skip_in_epoch(loop: EpochBasedTrainLoop, count: int, begin: Callable) -> None:
     """Let the first epoch of a loop begin behind some of its batches.
 
     Its hooks see the index of a batch in the whole epoch.
@@ -146,10 +112,8 @@ def _skip_in_epoch(
         run_iter(idx + count, data_batch)
 
     def run_first_epoch() -> None:
-        try:
-            run_epoch()
-        finally:
-            del loop.run_iter, loop.run_epoch
+        run_epoch()
+        del loop.run_iter, loop.run_epoch
 
     loop.run_iter, loop.run_epoch = run_shifted, run_first_epoch
 
@@ -157,25 +121,20 @@ def _skip_in_epoch(
 class ResumedIterator:
     """The endless iterator of an iteration-based loop, already where it belongs.
 
-    The loop advances it by as many batches as have been trained, or has it do so by
-    ``skip_iter`` in newer versions; none of them is loaded.
+    Up to mmengine 0.10.7 the loop advances it by as many batches as have been trained,
+    since then by ``skip_iter``; none of them is loaded.
 
     Args:
-        loop (IterBasedTrainLoop): It has a loader that has not been used.
-        count (int): How many batches have been trained.
-        begin (Callable): See :class:`ResumedBatchSampler`.
+        loop: It has a loader that has not been used.
+        begin: See :class:`ResumedBatchSampler`.
     """
 
-    def __init__(
-        self, loop: IterBasedTrainLoop, count: int, begin: Callable[[], None]
-    ) -> None:
-        # A loop that leaves its position alone asks for none.
-        by_sampler = getattr(loop, 'fast_forward_on_resume', False)
-        self.to_skip = 0 if by_sampler else loop.iter
+    def __init__(self, loop: IterBasedTrainLoop, begin: Callable) -> None:
+        self.to_skip = 0 if hasattr(loop, 'fast_forward_on_resume') else loop.iter
         self.loader, self.passes = loop.dataloader, 0
         whole = self.loader.batch_sampler
         batches = iter(whole)
-        for _ in range(count):
+        for _ in range(loop.iter):
             if next(batches, None) is None:
                 self._begin_pass()
                 batches = iter(whole)
@@ -185,11 +144,9 @@ class ResumedIterator:
 
     def _begin_pass(self) -> None:
         self.passes += 1
-        batch_sampler = self.loader.batch_sampler
-        for sampler in (self.loader.sampler, getattr(batch_sampler, 'sampler', None)):
-            if hasattr(sampler, 'set_epoch'):
-                sampler.set_epoch(self.passes)
-                return
+        sampler = getattr(self.loader.batch_sampler, 'sampler', None)
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(self.passes)
 
     def _generate(self) -> Iterator:
         while True:
@@ -223,7 +180,7 @@ class ExactResumeHook(Hook):
     of the samplers and the position in the data. A run that is resumed
 
     - goes on in the middle of an epoch where it was, by indices, without loading
-      what it has had, and with the samplers' seed of the first start;
+      what it has had, with the samplers' seed of the first start;
     - draws the random numbers that it would have drawn: on a CPU and without workers
       the weights at the end are equal bit for bit; with workers, the order of samples
       and the schedule are, while each worker starts its augmentation anew;
@@ -244,7 +201,6 @@ class ExactResumeHook(Hook):
         self._gathered: list[dict] | None = None
         self._state: dict | None = None
         self._epoch_start = 0
-        self._skipped = 0
         self._validated_at: int | None = None
         self._before_val: dict | None = None
 
@@ -259,34 +215,30 @@ class ExactResumeHook(Hook):
         gathered, self._gathered = self._gathered, None
         if 'optimizer' not in checkpoint:
             return
-        if gathered is None:
-            # A hook that does not ask the other processes.
-            gathered = [self._process_state(runner)] if get_world_size() == 1 else []
+        if gathered is None and get_world_size() == 1:
+            # A hook that does not ask the processes.
+            gathered = [self._process_state(runner)]
         meta = checkpoint['meta']
-        batches = meta['iter']
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            # After the end of an epoch, the start of the next is not noted yet.
-            over = meta['epoch'] > runner.epoch
-            batches = 0 if over else batches - self._epoch_start
+        # After the end of an epoch, the start of the next is not noted yet.
+        over = meta['epoch'] > runner.epoch
         checkpoint[KEY] = dict(
             seed=runner.seed,
-            steps=steps_of(runner),
-            batches=batches,
+            batches=0 if over else meta['iter'] - self._epoch_start,
             validated=self._validated_at == meta['iter'],
-            processes=gathered,
+            processes=gathered or [],
         )
 
     def _process_state(self, runner: Runner) -> dict:
         """Return what differs between processes."""
-        grads = [p.grad for p in runner.model.parameters()]
-        # A best checkpoint has the latest saved again while it is validated.
-        random = self._before_val or get_random_state()
-        state = dict(random=random, grads=None, buffers=None)
-        if any(grad is not None for grad in grads):
-            state['grads'] = [None if g is None else g.detach().cpu() for g in grads]
-        if get_world_size() > 1:
-            state['buffers'] = [b.detach().cpu() for b in runner.model.buffers()]
-        return state
+        model = runner.model
+        grads = {name: param.grad for name, param in model.named_parameters()}
+        buffers = dict(model.named_buffers()) if get_world_size() > 1 else {}
+        return dict(
+            # A best checkpoint has the latest saved again while it is validated.
+            random=self._before_val or get_random_state(),
+            grads={k: g.detach().cpu() for k, g in grads.items() if g is not None},
+            buffers={k: b.detach().cpu() for k, b in buffers.items()},
+        )
 
     # Resuming
 
@@ -297,65 +249,42 @@ class ExactResumeHook(Hook):
             self._state = state or {}
 
     def before_train(self, runner: Runner) -> None:
-        """Restore the state, once the runner has loaded the checkpoint.
-
-        Raises:
-            ValueError: If the tensors in it are not of this model.
-        """
+        """Restore the state, once the runner has loaded the checkpoint."""
         self._epoch_start = runner.iter
         state, self._state = self._state, None
-        first = next(hook for hook in runner.hooks if isinstance(hook, type(self)))
-        if state is None or first is not self:
+        if state is None:
             return
-        loop = runner.train_loop
         processes = state.get('processes', [])
-        if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
-            _warn(f'{type(loop).__name__} is not one of mmengine')
-        elif len(processes) != get_world_size():
-            of = f'that of {len(processes)}' if processes else 'no'
-            _warn(f'it has {of} state of processes, but there are {get_world_size()}')
-        elif state['steps'] != steps_of(runner):
-            _warn('the size of its steps was another')
+        if len(processes) == get_world_size():
+            self._restore(runner, state, processes[get_rank()])
         else:
-            self._restore(runner, loop, state, processes[get_rank()])
+            runner.logger.warning(
+                'The run is resumed with other random numbers, at the beginning of an '
+                'epoch: the checkpoint cannot be continued exactly, since it has the '
+                f'state of {len(processes)} processes, and not of {get_world_size()}.'
+            )
 
-    def _restore(
-        self, runner: Runner, loop: BaseLoop, state: dict, process: dict
-    ) -> None:
+    def _restore(self, runner: Runner, state: dict, process: dict) -> None:
+        loop = runner.train_loop
         restore_rng = partial(set_random_state, process['random'])
         _restore_tensors(runner.model, process)
-        self._restore_position(runner, loop, state, restore_rng)
+        _build_loader_again(runner, loop, state['seed'])
+        count = state['batches']
+        self._epoch_start = runner.iter - count
+        if isinstance(loop, IterBasedTrainLoop):
+            loop.dataloader_iterator = ResumedIterator(loop, restore_rng)
+        elif count:
+            _skip_in_epoch(loop, count, restore_rng)
+        # The numbers of an epoch that begins are those before its loader does.
         restore_rng()
         if not state['validated']:
             # It puts the random numbers back when it ends.
             _validate_if_due(runner, loop)
 
-    def _restore_position(
-        self,
-        runner: Runner,
-        loop: BaseLoop,
-        state: dict,
-        restore_rng: Callable[[], None],
-    ) -> None:
-        _build_loader_again(runner, loop, state['seed'])
-        count = state['batches']
-        if isinstance(loop, IterBasedTrainLoop):
-            loop.dataloader_iterator = ResumedIterator(loop, count, restore_rng)
-            return
-        self._skipped, self._epoch_start = count, runner.iter - count
-        # The numbers of an epoch that begins are those before its loader does.
-        if count:
-            _skip_in_epoch(loop, count, restore_rng)
-
     # Positions
 
-    def before_train_epoch(self, runner: Runner) -> None:
-        """Note where the epoch has begun."""
-        self._epoch_start = runner.iter - self._skipped
-        self._skipped = 0
-
     def after_train_epoch(self, runner: Runner) -> None:
-        """Note where the next epoch begins, for a checkpoint after validation."""
+        """Note where the next epoch begins."""
         self._epoch_start = runner.iter
 
     def before_val(self, runner: Runner) -> None:
@@ -374,26 +303,19 @@ def check_state(state: object, checkpoint: dict) -> None:
     """Check that what :class:`ExactResumeHook` has saved can be restored.
 
     Args:
-        state (object): What stands under its key.
-        checkpoint (dict): The rest, of which ``meta`` and ``state_dict`` are right.
+        state: What stands under its key.
+        checkpoint: The rest, of which ``meta`` is right.
 
     Raises:
         ValueError: If it cannot.
     """
     before = get_random_state()
     try:
-        processes, batches = state['processes'], state['batches']
-        right = type(state['seed']) is int and type(state['validated']) is bool
-        right &= isinstance(state['steps'], dict) and isinstance(processes, list)
-        right &= type(batches) is int and 0 <= batches <= checkpoint['meta']['iter']
-        for process in processes:
+        seed, batches = state['seed'], state['batches']
+        right = type(seed) is type(batches) is int
+        right = right and 0 <= batches <= checkpoint['meta']['iter']
+        for process in state['processes']:
             set_random_state(process['random'])
-            tensors = [t for k in ('grads', 'buffers') for t in process[k] or []]
-            right &= all(t is None or isinstance(t, torch.Tensor) for t in tensors)
-            # Parameters stand in the state dict in their order.
-            shapes = iter([value.shape for value in checkpoint['state_dict'].values()])
-            grads = [grad for grad in process['grads'] or [] if grad is not None]
-            right &= all(any(grad.shape == s for s in shapes) for grad in grads)
     except Exception as error:
         raise ValueError(f'{KEY} is damaged: {type(error).__name__}') from error
     finally:
@@ -402,29 +324,13 @@ def check_state(state: object, checkpoint: dict) -> None:
         raise ValueError(f'{KEY} is damaged')
 
 
-def _warn(reason: str) -> None:
-    print_log(
-        'The run is resumed with other random numbers, at the beginning of an epoch: '
-        f'the checkpoint cannot be continued exactly, since {reason}.',
-        'current',
-        logging.WARNING,
-    )
-
-
-def _restore_tensors(model: torch.nn.Module, process: dict) -> None:
-    for key, tensors in (('grads', model.parameters()), ('buffers', model.buffers())):
-        shapes = [t.shape for t in tensors]
-        saved = shapes if process[key] is None else process[key]
-        same = (a is None or getattr(a, 'shape', a) == b for a, b in zip(saved, shapes))
-        if len(saved) != len(shapes) or not all(same):
-            raise ValueError(f'{key} of {KEY} in the checkpoint are not of this model')
-    if process['grads'] is not None:
-        for param, grad in zip(model.parameters(), process['grads']):
-            # torch wants them in the layout that backward gives them.
-            param.grad = None if grad is None else torch.empty_like(param).copy_(grad)
-    if process['buffers'] is not None:
-        for buffer, saved in zip(model.buffers(), process['buffers']):
-            buffer.copy_(saved)
+def _restore_tensors(model: nn.Module, process: dict) -> None:
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, grad in process['grads'].items():
+        # torch wants them in the layout that backward gives them.
+        params[name].grad = torch.empty_like(params[name]).copy_(grad)
+    for name, buffer in process['buffers'].items():
+        buffers[name].copy_(buffer)
 
 
 def _validate_if_due(runner: Runner, loop: BaseLoop) -> None:

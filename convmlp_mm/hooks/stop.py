@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import os.path as osp
@@ -11,14 +10,13 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import isfinite
-from numbers import Real
 from types import FrameType
 
 import torch
 from mmengine import dist
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.optim import AmpOptimWrapper, OptimWrapperDict
+from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import Tensor
@@ -28,7 +26,6 @@ from ..checkpoint import find_not_finite, some_of
 from ._mmengine import is_training, save_now
 from .checkpoint import PREEMPTED_FILE as KEY
 from .checkpoint import checkpoint_hooks, named_checkpoint, remove_checkpoint
-from .work_dir import work_dir_lock
 
 __all__ = ['PREEMPTED', 'FiniteLossHook', 'PreemptionHook', 'StepHook', 'average']
 
@@ -36,16 +33,16 @@ __all__ = ['PREEMPTED', 'FiniteLossHook', 'PreemptionHook', 'StepHook', 'average
 # tools/slurm_run.sh knows it.
 PREEMPTED = 85
 
-# Schedulers send these: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM any.
-SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGINT')
+# Schedulers send these: SLURM and Kubernetes SIGTERM, ``--signal`` of SLURM either.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def average(tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors by their means over the processes, in one all-reduce.
 
     Args:
-        tensors (Sequence[Tensor]): Of floating point; of the same shapes in each
-            process. A single process leaves them as they are.
+        tensors: Of floating point; of the same shapes in each process. A single
+            process leaves them as they are.
     """
     if not tensors or dist.get_world_size() == 1:
         return
@@ -60,21 +57,15 @@ def average(tensors: Sequence[Tensor]) -> None:
 class StepHook(Hook):
     """A hook with numbers that the processes share after each step.
 
-    The hooks of this kind put their numbers into one vector, so that a step costs one
-    all-reduce beside that of the gradients, whichever of them a configuration lists.
-    The first of them to be called does it for all.
+    Those of all such hooks form one vector, so that a step costs one all-reduce beside
+    that of the gradients. The first hook to be called does it for all.
     """
 
     # The numbers must be shared before EMAHook copies the statistics and a hook saves.
     priority = 'VERY_HIGH'
 
     def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
-        """Return what is to be shared; the mean over all processes overwrites it.
-
-        Args:
-            runner (Runner): The runner.
-            outputs (object): What the step of the model has returned.
-        """
+        """Return what is to be shared; the mean over all processes overwrites it."""
         raise NotImplementedError
 
     def after_train_iter(
@@ -119,16 +110,14 @@ class FiniteLossHook(StepHook):
         # accuracy, may be NaN.
         terms = outputs.items() if isinstance(outputs, dict) else ()
         self._losses = {
-            name: torch.as_tensor(value).detach().float().sum()
+            name: value.detach().float().sum()
             for name, value in terms
-            if 'loss' in name and isinstance(value, (Tensor, Real))
+            if 'loss' in name and isinstance(value, Tensor)
         }
-        values = list(self._losses.values()) or [torch.zeros(())]
-        # Terms that are plain numbers are on the CPU. The flags stay on the device, so
-        # that it is waited for once, after they have been shared.
-        values = torch.stack([value.to(values[0].device) for value in values])
-        flags = [values.isinf().any(), values.isnan().any()]
-        self._flags = torch.stack(flags).float()
+        # The flags stay on the device, so that it is waited for once, after they have
+        # been shared.
+        values = torch.stack(list(self._losses.values()) or [torch.zeros(())])
+        self._flags = torch.stack([values.isinf().any(), values.isnan().any()]).float()
         return [self._flags]
 
     def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
@@ -143,19 +132,17 @@ class FiniteLossHook(StepHook):
             return
         losses = {name: value.item() for name, value in self._losses.items()}
         bad = [f'{n} is {value}' for n, value in losses.items() if not isfinite(value)]
-        message = f'iteration {runner.iter + 1}: '
+        message = 'the loss of another process is NaN or Inf'
         if bad:
-            message += (
-                f'{", ".join(bad)}; the images are '
-                f'{", ".join(_image_names(data_batch)) or "unknown"}; the last '
-                f'checkpoint before it is {_last_checkpoint(runner)}'
+            images = ', '.join(_image_names(data_batch)) or 'unknown'
+            message = (
+                f'{", ".join(bad)}; the images are {images}; '
+                f'the last checkpoint before it is {_last_checkpoint(runner)}'
             )
-        else:
-            message += 'the loss of another process is NaN or Inf'
+        message = f'iteration {runner.iter + 1}: {message}'
         if nan or again or not _scales(runner):
             raise FloatingPointError(message)
-        if bad:
-            print_log(f'step left out in {message}', 'current', logging.WARNING)
+        print_log(f'step left out in {message}', 'current', logging.WARNING)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Look at the weights, the optimizer and open gradients.
@@ -181,20 +168,13 @@ class FiniteLossHook(StepHook):
 def _scales(runner: Runner) -> bool:
     """Tell whether steps with gradients that are not finite are left out."""
     wrapper = runner.optim_wrapper
-    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    return all(
-        isinstance(w, AmpOptimWrapper) and w.loss_scaler.is_enabled() for w in wrappers
-    )
+    return isinstance(wrapper, AmpOptimWrapper) and wrapper.loss_scaler.is_enabled()
 
 
 def _image_names(batch: object) -> list[str]:
     """Name the images of a batch, in its order or that of a detector's branches."""
     if hasattr(batch, 'metainfo'):
-        for key in ('img_path', 'img_id', 'sample_idx'):
-            name = batch.metainfo.get(key)
-            if name is not None:
-                return [str(name) if key == 'img_path' else f'{key} {name}']
-        return ['one without a name']
+        return [str(batch.metainfo.get('img_path', 'one without a name'))]
     if isinstance(batch, dict):
         return _image_names(batch.get('data_samples', list(batch.values())))
     parts = batch if isinstance(batch, (list, tuple)) else ()
@@ -207,7 +187,7 @@ def _last_checkpoint(runner: Runner) -> str:
 
 @HOOKS.register_module()
 class PreemptionHook(StepHook):
-    """Stop at the end of an iteration when a signal asks for it.
+    """Stop at the end of an iteration when SIGTERM or SIGUSR1 asks for it.
 
     It may reach one process or all of them, in different iterations. The processes
     agree after each, so that all stop at the same one; a signal that comes later in an
@@ -218,83 +198,46 @@ class PreemptionHook(StepHook):
 
     In the middle of an epoch the checkpoint is named ``iter_{iter}.pth``, is not among
     those that ``max_keep_ckpts`` counts, and is deleted when the resumed run has saved
-    a regular one. Where a checkpoint is saved anyway, there is no other. After the last
-    iteration the run goes on to its end.
+    a regular one. After the last iteration the run goes on to its end.
 
-    Workers of data loaders that start after ``before_run`` ignore the signals, which
-    may have been sent to the whole job step. In mmengine up to 0.10.7,
-    ``IterBasedTrainLoop`` starts its workers before any hook. Other processes that are
-    forked, such as the pool of a metric, treat the signals as without this hook.
-
-    While it trains, the first process holds the lock of the work dir, see
-    :func:`convmlp_mm.hooks.work_dir.work_dir_lock`.
-
-    Args:
-        signals (Sequence[str]): Names of the signals, of ``'SIGTERM'``,
-            ``'SIGUSR1'``, ``'SIGUSR2'``, ``'SIGHUP'`` and ``'SIGINT'``.
-            Defaults to ``('SIGTERM', 'SIGUSR1')``.
-
-    Raises:
-        ValueError: If ``signals`` are none of these.
+    Workers of data loaders ignore the signals, which may have been sent to the whole
+    job step, but for those that ``IterBasedTrainLoop`` of mmengine up to 0.10.7 starts
+    before any hook. Other processes that are forked, such as the pool of a metric,
+    treat the signals as without this hook.
     """
 
     # This hook comes after CheckpointHook, to see what it has saved.
     priority = 'LOWEST'
 
-    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGUSR1')) -> None:
-        given = signals if isinstance(signals, (list, tuple)) else ()
-        if not given or any(name not in SIGNALS for name in given):
-            raise ValueError(
-                'signals of PreemptionHook must be a list of some of '
-                f'{", ".join(SIGNALS)}, but got {signals!r}'
-            )
-        self.signals = tuple(signal.Signals[name] for name in signals)
+    def __init__(self) -> None:
         # Whether this process was asked to stop; above 0 where any was, once shared.
         self._asked = False
         self._flag = torch.zeros(1)
-        self._lock = contextlib.ExitStack()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
 
     def before_run(self, runner: Runner) -> None:
-        """Take over the signals, before a resumed run makes up for a validation.
-
-        Raises:
-            BlockingIOError: If another run trains in the work dir.
-        """
-        self._asked = False
-        if not is_training(runner):
-            return
-        if dist.is_main_process():
-            self._lock.enter_context(work_dir_lock(runner.work_dir))
-        if threading.current_thread() is not threading.main_thread():
-            runner.logger.warning(
-                'PreemptionHook: signals are handled in the main thread only, and '
-                'this is another; nothing will be saved on a signal.'
-            )
-            return
-        self._take_signals()
-        self._protect(runner.val_loop)
+        """Take over the signals, before a resumed run makes up for a validation."""
+        if is_training(runner):
+            self._take_signals()
+            self._protect(runner.val_loop)
 
     def _take_signals(self) -> None:
-        for number in self.signals:
+        for number in SIGNALS:
             # It is None for a handler that Python does not know.
             _taken.setdefault(number, signal.getsignal(number) or signal.SIG_DFL)
             signal.signal(number, self._note)
 
     def before_train(self, runner: Runner) -> None:
         """Let the workers of the training ignore the signals."""
-        if _taken:
-            # A resumed run has built its loader again.
-            self._protect(runner.train_loop)
+        # A resumed run has built its loader again.
+        self._protect(runner.train_loop)
 
     def _protect(self, loop: BaseLoop | None) -> None:
         loader = getattr(loop, 'dataloader', None)
         if isinstance(loader, DataLoader) and loader.num_workers:
-            loader.worker_init_fn = partial(
-                _obey_only_parent, loader.worker_init_fn, self.signals
-            )
+            loader.worker_init_fn = partial(_obey_only_parent, loader.worker_init_fn)
 
     def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
         """Return a flag that is above 0 where any process was asked to stop."""
@@ -328,29 +271,16 @@ class PreemptionHook(StepHook):
         if self._flag > 0 and not self.is_last_train_epoch(runner):
             self._stop(runner, epoch=runner.epoch + 1, iteration=runner.iter)
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Let the file of an earlier stop be forgotten by what takes its place."""
-        hook = _checkpoint_hook(runner)
-        info = checkpoint['message_hub']['runtime_info']
-        if hook and hook.last_ckpt and osp.basename(hook.last_ckpt) != info.get(KEY):
-            info.pop(KEY, None)
-
     def after_train(self, runner: Runner) -> None:
         """Give the signals back."""
         _give_back()
 
-    def after_run(self, runner: Runner) -> None:
-        """Let others have the work dir."""
-        self._lock.close()
-
     def _stop(self, runner: Runner, epoch: int, iteration: int) -> None:
         """Save what has not been saved and leave."""
-        hook = _checkpoint_hook(runner)
-        if hook is None:
-            saved = 'Nothing is saved, as there is no CheckpointHook.'
-        else:
+        hook, saved = _checkpoint_hook(runner), 'Nothing is saved.'
+        if hook is not None:
             name = hook.filename_tmpl.format(epoch if hook.by_epoch else iteration)
-            regular = osp.basename(str(hook.last_ckpt)) == name
+            regular = hook.last_ckpt == osp.join(hook.out_dir, name)
             # The last checkpoint has the same number until the epoch is over.
             if not regular or (hook.by_epoch and epoch == runner.epoch):
                 self._save(runner, hook, epoch, iteration)
@@ -368,28 +298,24 @@ class PreemptionHook(StepHook):
     ) -> None:
         """Have CheckpointHook save, beside the files that it counts."""
         former = runner.message_hub.runtime_info.get(KEY)
-        name = f'iter_{iteration}.pth'
-        runner.message_hub.update_info(KEY, name)
+        path = osp.join(hook.out_dir, f'iter_{iteration}.pth')
+        runner.message_hub.update_info(KEY, path)
         changes = dict(by_epoch=False, filename_tmpl='iter_{}.pth', max_keep_ckpts=-1)
-        settings = {key: getattr(hook, key) for key in changes}
+        # The process ends after it, so that nothing has to be set back.
         vars(hook).update(changes)
-        try:
-            save_now(hook, runner, epoch, iteration)
-        finally:
-            vars(hook).update(settings)
-        if former not in (None, name) and dist.is_main_process():
+        save_now(hook, runner, epoch, iteration)
+        if former not in (None, path) and dist.is_main_process():
             remove_checkpoint(hook, former)
 
     def _remove_superseded(self, runner: Runner) -> None:
         """Delete the file of an earlier stop once there is a later checkpoint."""
-        name = runner.message_hub.runtime_info.get(KEY)
-        hook = _checkpoint_hook(runner) if name else None
+        info, hook = runner.message_hub.runtime_info, _checkpoint_hook(runner)
         # There is no last checkpoint until the resumed run has saved.
-        if hook is None or osp.basename(hook.last_ckpt or name) == name:
+        if KEY not in info or hook is None or hook.last_ckpt in (None, info[KEY]):
             return
+        path = info.pop(KEY)
         if dist.is_main_process():
-            remove_checkpoint(hook, name)
-        runner.message_hub.runtime_info.pop(KEY)
+            remove_checkpoint(hook, path)
 
 
 def _checkpoint_hook(runner: Runner) -> CheckpointHook | None:
@@ -427,27 +353,21 @@ os.register_at_fork(
 )
 
 
-def _obey_only_parent(
-    init: Callable[[int], None] | None,
-    signals: Sequence[signal.Signals],
-    worker_id: int,
-) -> None:
+def _obey_only_parent(init: Callable[[int], None] | None, worker_id: int) -> None:
     """Let a worker of a data loader ignore the signals, but for its parent's SIGTERM.
 
-    A signal to the whole job step reaches the workers too. One that ends takes the run
-    with it, before that has saved. They cannot just ignore SIGTERM: by it the loader
-    ends a worker that hangs. A handler is not told who has sent a signal, only a thread
-    that waits for it is. So the worker blocks the signals, which its threads inherit,
-    and one thread waits for them.
+    A worker that ends takes the run with it, before that has saved. But by SIGTERM the
+    loader ends a worker that hangs. A handler is not told who has sent a signal, only a
+    thread that waits for it is, while all threads block it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=_wait_for_parent, args=[signals], daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
     if init is not None:
         init(worker_id)
 
 
-def _wait_for_parent(signals: Sequence[signal.Signals]) -> None:
+def _wait_for_parent() -> None:
     while True:
-        info = signal.sigwaitinfo(signals)
+        info = signal.sigwaitinfo(SIGNALS)
         if (info.si_signo, info.si_pid) == (signal.SIGTERM, os.getppid()):
             os._exit(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import os.path as osp
@@ -13,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -24,11 +24,8 @@ LOCK = '.lock'
 # Times in seconds. A run that has been told to end may need the first for that, and a
 # file server the second to see that the machine of a run that is started again is gone.
 PATIENCE, PATIENCE_OF_RESTART = 10, 120
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # The key of a checkpoint's meta under which the launch stands that has saved it.
 KEY = 'launch'
-
-_held: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -36,39 +33,31 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other runs out of a work dir, which is made if need be.
 
     The lock is that of the operating system, so that a process which is killed leaves
-    none. In the process that has it already, this does nothing. Where the file system
-    has no locks, a warning says so.
+    none; one process must not take it twice. Where the file system has no locks, a
+    warning says so.
 
     Args:
-        folder (str | PathLike): The work dir.
-
-    Yields:
-        None: While the process holds the lock.
+        folder: The work dir.
 
     Raises:
         BlockingIOError: If another run has it and keeps it; the message says which.
         PermissionError: If the folder cannot be written.
     """
     path = osp.join(osp.realpath(folder), LOCK)
-    if path in _held:
-        yield
-        return
     os.makedirs(osp.dirname(path), exist_ok=True)
     file, pid = _acquire(path), os.getpid()
-    _held.add(path)
     since = time.strftime('%Y-%m-%d %H:%M:%S')
     holder = f'process {pid} of {socket.gethostname()} since {since}'
+    text = f'{holder}: {shlex.join(sys.argv)}\n'
     try:
         # The lock holds on a full disk, too.
         with contextlib.suppress(OSError):
             os.ftruncate(file, 0)
-            text = f'{holder}: {shlex.join(sys.argv)}\n'
             os.pwrite(file, text.encode(errors='replace'), 0)
         yield
     finally:
         # A child that is forked has no lock, and may come here at its end.
         if os.getpid() == pid:
-            _held.remove(path)
             # This comes before the file is closed: afterwards it may be another's.
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -77,18 +66,17 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
 
 def _acquire(path: str) -> int:
     """Open and lock a file, which is another one when its holder has removed it."""
-    folder = repr(osp.dirname(path))
+    folder = osp.dirname(path)
     restarted = int(os.environ.get('CONVMLP_MM_ATTEMPT', 0)) > 0
     deadline = time.monotonic() + (PATIENCE_OF_RESTART if restarted else PATIENCE)
-    waiting = False
-    # A link could point to the file of somebody else, which must not be written.
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         try:
+            # A link could point to the file of somebody else.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             file = os.open(path, flags, 0o666)
         except OSError as error:
             raise PermissionError(
-                f'work_dir {folder} cannot be written: {error.strerror}: {path!r}'
+                f'work_dir {folder!r} cannot be written: {error.strerror}: {path!r}'
             ) from error
         try:
             # Children that are forked would share a lock of flock(): a worker of a data
@@ -101,27 +89,23 @@ def _acquire(path: str) -> int:
         except FileNotFoundError:
             # Its holder has removed it since it was opened.
             pass
-        except OSError as error:
-            if error.errno in UNSUPPORTED:
-                print(
-                    f'warning: {path!r} cannot be locked ({error.strerror}): nothing '
-                    'keeps a second run out of this work dir',
-                    file=sys.stderr,
-                )
-                return file
-            text = os.pread(file, 4096, 0).decode(errors='replace').strip()
-            holder = ''.join(c if c.isprintable() else ' ' for c in text)
-            late = time.monotonic() > deadline
-            if late or error.errno not in (errno.EACCES, errno.EAGAIN):
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() > deadline:
+                text = os.pread(file, 4096, 0).decode(errors='replace')
+                holder = text.partition('\n')[0]
                 os.close(file)
                 raise BlockingIOError(
-                    f'work_dir {folder} is in use by {holder or "another process"} '
-                    f'({error.strerror}); wait until it has ended, or choose another '
-                    f'--work-dir; if it is gone with its machine, remove {path!r}'
+                    f'work_dir {folder!r} is in use by {holder}; '
+                    'wait until it has ended, or choose another --work-dir; if it is '
+                    f'gone with its machine, remove {path!r}'
                 ) from error
-            if not waiting:
-                print(f'waiting for the work dir: {holder} has it', file=sys.stderr)
-            waiting = True
+        except OSError as error:
+            print(
+                f'warning: {path!r} cannot be locked ({error.strerror}): nothing '
+                'keeps a second run out of this work dir',
+                file=sys.stderr,
+            )
+            return file
         os.close(file)
         time.sleep(0.2)
 
@@ -148,8 +132,7 @@ class LaunchHook(Hook):
         _exchange_in_log_dir(runner, runner.test_evaluator)
 
 
-def _exchange_in_log_dir(runner: Runner, evaluator: object) -> None:
-    for metric in getattr(evaluator, 'metrics', ()):
-        if getattr(metric, 'collect_device', None) == 'cpu':
-            folder = osp.join(runner.log_dir, '.results')
-            metric.collect_dir = metric.collect_dir or folder
+def _exchange_in_log_dir(runner: Runner, evaluator: Evaluator) -> None:
+    for metric in evaluator.metrics:
+        if metric.collect_device == 'cpu' and metric.collect_dir is None:
+            metric.collect_dir = osp.join(runner.log_dir, '.results')

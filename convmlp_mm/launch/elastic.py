@@ -25,9 +25,6 @@ import uuid
 
 from torch.distributed import HashStore, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import (
-    LocalElasticAgent,
-)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
@@ -41,6 +38,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
+from torch.distributed.launcher.api import LocalElasticAgent
 
 from .process import MISTAKE, PREEMPTED
 
@@ -89,8 +87,7 @@ class Agent(LocalElasticAgent):
         os.environ['CONVMLP_MM_LAUNCH_ID'] = self._launch
         os.environ['CONVMLP_MM_LAUNCHER'] = str(os.getpid())
         if self.meetings is not None:
-            path = os.path.join(self.meetings, str(self._attempt))
-            os.environ['CONVMLP_MM_STORE'] = path
+            os.environ['CONVMLP_MM_STORE'] = f'{self.meetings}/{self._attempt}'
         pids = super()._start_workers(worker_group)
         # torchrun has just installed its own handlers.
         for number in PASSED_ON:
@@ -113,14 +110,7 @@ class Agent(LocalElasticAgent):
 
 
 def check_port(port: int) -> None:
-    """Check that this machine can listen at a port.
-
-    Args:
-        port (int): Its number.
-
-    Raises:
-        OSError: If something listens there already, or the port is not allowed.
-    """
+    """Raise an OSError, in one sentence, if this machine cannot listen at a port."""
     try:
         socket.create_server(('', port)).close()
     except OSError as error:
@@ -131,22 +121,15 @@ def check_port(port: int) -> None:
 
 
 def own_address(host: str, port: int) -> str:
-    """Return the address by which this machine talks to another.
-
-    Args:
-        host (str): Name or address of the other, or of this one.
-        port (int): Any port; nothing is sent.
-
-    Returns:
-        str: The address.
+    """Return the address by which this machine talks to another, or to itself.
 
     Raises:
         OSError: If there is no way to the host.
     """
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_DGRAM
-        )[0]
+        # Nothing is sent.
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        family, kind, proto, _, address = found[0]
         with socket.socket(family, kind, proto) as talk:
             talk.connect(address)
             return talk.getsockname()[0]
@@ -165,11 +148,10 @@ def _meet_nobody(params: RendezvousParameters) -> DynamicRendezvousHandler:
     return handler
 
 
-def _stay_on_this_machine(options: argparse.Namespace, folder: str) -> None:
+def _stay_on_this_machine(options: argparse.Namespace) -> None:
     """Keep the processes of one machine from listening to others."""
     rendezvous_handler_registry.register(ONE_MACHINE, _meet_nobody)
     options.rdzv_id, options.local_addr = uuid.uuid4().hex, '127.0.0.1'
-    Agent.meetings = folder
     if 'lo' in (name for _, name in socket.if_nameindex()):
         for library in ('GLOO', 'NCCL'):
             os.environ.setdefault(f'{library}_SOCKET_IFNAME', 'lo')
@@ -192,7 +174,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix='convmlp_mm_') as folder:
         try:
             if options.rdzv_backend == ONE_MACHINE:
-                _stay_on_this_machine(options, folder)
+                Agent.meetings = folder
+                _stay_on_this_machine(options)
             else:
                 _check_addresses(options)
         except (OSError, OverflowError, ValueError) as error:

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
+from mmengine.utils import get_object_from_string
 from PIL import Image, ImageOps
 from torchvision.ops import box_iou
 
@@ -87,7 +88,8 @@ def draw_images(number: int, shape: tuple[int, int], seed: int = 0) -> list[np.n
 
 def _to_data(model: BaseModel, batch: np.ndarray) -> dict:
     """Return what a test pipeline of the toolkit hands to ``test_step``."""
-    sample, size = toolkit_of(model.cfg.default_scope).sample_class(), batch.shape[1:3]
+    sample = get_object_from_string(toolkit_of(model.cfg.default_scope).sample)
+    size = batch.shape[1:3]
     meta = dict(ori_shape=size, img_shape=size, scale_factor=(1.0, 1.0))
     samples = [sample(metainfo=dict(meta)) for _ in batch]
     pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
 """The systems that can be exported, as graphs from pixels to results.
 
-``SYSTEMS`` has one function per system. It refuses the settings that its graph does not
-have, and returns the graph with the names of its outputs. A graph has no loop over
-images and no branch on values, so that batch and size of the images stay open.
+``SYSTEMS`` has one function per system, which refuses the settings that its graph does
+not have. A graph has no loop over images and no branch on values, so that batch and
+size of the images stay open.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model, self.compute = model, compute
         self.outputs, self.notes = outputs, notes
+        self.classes = model.dataset_meta.get('classes')
         settings = model.cfg.model.get('data_preprocessor') or {}
         to_rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')
         self.order = 'RGB' if to_rgb else 'BGR'
@@ -62,6 +63,20 @@ class Graph(nn.Module):
         padding = getattr(given, 'pad_size_divisor', test_cfg.get('size_divisor'))
         self.divisor = padding or 1
         self.pad_value = getattr(given, 'pad_value', getattr(given, 'pad_val', 0))
+
+    def properties(self) -> dict:
+        """Return what the file says of itself."""
+        return dict(
+            channel_order=self.order,
+            value_range=[0, 255],
+            normalized_inside=True,
+            mean=self.mean.flatten().tolist(),
+            std=self.std.flatten().tolist(),
+            padded_inside_to=self.divisor,
+            classes=list(self.classes or ()),
+            outputs=list(self.outputs),
+            **self.notes,
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map pixels (N, 3, H, W), from 0 to 255, to the outputs."""
@@ -84,12 +99,18 @@ def _require(name: str, value: object, allowed: object, fits: bool = False) -> N
 def backbone(model: BaseModel) -> Graph:
     """Export the backbone of any model: ``feature_0`` and so on, (N, C, h, w)."""
     with torch.no_grad():
-        number = len(model.backbone(torch.zeros(1, 3, 128, 128)))
-    axes = [{0: 'batch', 2: f'height_{i}', 3: f'width_{i}'} for i in range(number)]
-    outputs = {f'feature_{i}': one for i, one in enumerate(axes)}
-    given = {k: getattr(model.backbone, k, None) for k in ('strides', 'out_channels')}
-    notes = {k: list(value) for k, value in given.items() if value is not None}
-    graph = Graph(model, lambda backbone, x, size: tuple(backbone(x)), outputs, **notes)
+        maps = model.backbone(torch.zeros(1, 3, 128, 128))
+    outputs = {
+        f'feature_{i}': {0: 'batch', 2: f'height_{i}', 3: f'width_{i}'}
+        for i in range(len(maps))
+    }
+    graph = Graph(
+        model,
+        lambda backbone, images, size: tuple(backbone(images)),
+        outputs,
+        strides=[128 // m.shape[2] for m in maps],
+        out_channels=[m.shape[1] for m in maps],
+    )
     # The file holds no weights of neck and head.
     graph.model = model.backbone
     return graph
@@ -125,10 +146,8 @@ def segmentor(model: BaseModel) -> Graph:
     channels = model.out_channels
     _require('decode_head.out_channels', channels, 'above 1', channels > 1)
     for module in model.modules():
-        if not isinstance(module, Upsample) or module.size:
-            continue
-        # Its own int(side * factor), which is the same for these, fixes the size.
-        if float(module.scale_factor).is_integer():
+        if isinstance(module, Upsample) and not module.size:
+            # Its own int(side * factor) would fix the size.
             options = dict(mode=module.mode, align_corners=module.align_corners)
             options['scale_factor'] = module.scale_factor
             module.forward = partial(F.interpolate, **options)

@@ -38,9 +38,7 @@ class OnnxFormat:
         """Return the content of a file."""
         import onnx
 
-        axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **graph.outputs}
-        for name, one in axes.items():
-            axes[name] = {i: axis for i, axis in one.items() if isinstance(axis, str)}
+        axes = {0: 'batch', 2: 'height', 3: 'width'}
         # The exporter upon TorchScript is the one that both stacks have; the newer one
         # cannot leave the size open in torch 2.2.
         newer = 'dynamo' in inspect.signature(torch.onnx.export).parameters
@@ -52,16 +50,14 @@ class OnnxFormat:
             input_names=[INPUT],
             output_names=list(graph.outputs),
             opset_version=OPSET,
-            dynamic_axes=axes,
+            dynamic_axes={INPUT: axes, **graph.outputs},
             **(dict(dynamo=False) if newer else {}),
         )
         proto = onnx.load_from_string(stream.getvalue())
-        for output in proto.graph.output:
-            for i, length in graph.outputs[output.name].items():
-                if isinstance(length, int):
-                    output.type.tensor_type.shape.dim[i].dim_value = length
+        if graph.length is not None:
+            for output in proto.graph.output:
+                output.type.tensor_type.shape.dim[1].dim_value = graph.length
         onnx.helper.set_model_props(proto, properties)
-        onnx.checker.check_model(proto)
         return proto.SerializeToString()
 
     @staticmethod
@@ -69,10 +65,8 @@ class OnnxFormat:
         """Return a function of images that runs a file."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
         on_cpu = ['CPUExecutionProvider']
-        session = onnxruntime.InferenceSession(content, options, providers=on_cpu)
+        session = onnxruntime.InferenceSession(content, providers=on_cpu)
         return lambda images: session.run(None, {INPUT: images.numpy()})
 
 
@@ -200,7 +194,7 @@ def export(
         warnings.simplefilter('ignore')
         build = dict(model=SYSTEMS.get(kind), backbone=backbone)[part]
         graph = build(deployed).eval()
-        properties = dict(graph.properties(), model=kind, part=part, **(notes or {}))
+        properties = dict(graph.properties, model=kind, part=part, **(notes or {}))
         for key, value in properties.items():
             properties[key] = value if isinstance(value, str) else json.dumps(value)
         content = chosen.make(graph, example, properties)

@@ -34,7 +34,8 @@ class Graph(nn.Module):
         model: A model of a toolkit.
         compute: Maps model, preprocessed images and their size before padding to the
             outputs.
-        outputs: Their names, each with its open axes and the lengths to be stated.
+        outputs: Their names, each with its open axes.
+        length: That of the second axis of all outputs, if it is to be stated.
         notes: Properties of the file beside those that all files have.
     """
 
@@ -42,13 +43,13 @@ class Graph(nn.Module):
         self,
         model: BaseModel,
         compute: Callable[..., tuple[Tensor, ...]],
-        outputs: dict[str, dict[int, str | int]],
+        outputs: dict[str, dict[int, str]],
+        length: int | None = None,
         **notes,
     ) -> None:
         super().__init__()
         self.model, self.compute = model, compute
-        self.outputs, self.notes = outputs, notes
-        self.classes = model.dataset_meta.get('classes')
+        self.outputs, self.length = outputs, length
         settings = model.cfg.model.get('data_preprocessor') or {}
         to_rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')
         self.order = 'RGB' if to_rgb else 'BGR'
@@ -63,19 +64,16 @@ class Graph(nn.Module):
         padding = getattr(given, 'pad_size_divisor', test_cfg.get('size_divisor'))
         self.divisor = padding or 1
         self.pad_value = getattr(given, 'pad_value', getattr(given, 'pad_val', 0))
-
-    def properties(self) -> dict:
-        """Return what the file says of itself."""
-        return dict(
+        self.properties = dict(
             channel_order=self.order,
             value_range=[0, 255],
             normalized_inside=True,
-            mean=self.mean.flatten().tolist(),
-            std=self.std.flatten().tolist(),
+            mean=mean.flatten().tolist(),
+            std=std.flatten().tolist(),
             padded_inside_to=self.divisor,
-            classes=list(self.classes or ()),
-            outputs=list(self.outputs),
-            **self.notes,
+            classes=list(model.dataset_meta.get('classes') or ()),
+            outputs=list(outputs),
+            **notes,
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -91,8 +89,8 @@ class Graph(nn.Module):
         return self.compute(self.model, images, size)
 
 
-def _require(name: str, value: object, allowed: object, fits: bool = False) -> None:
-    if not fits and value != allowed:
+def _require(name: str, value: object, allowed: object) -> None:
+    if value != allowed:
         raise ExportError(f'{name} must be {allowed} to be exported, but is {value}')
 
 
@@ -123,8 +121,8 @@ def classifier(model: BaseModel) -> Graph:
     def compute(model, images, size):
         return (model(images, mode='tensor').softmax(dim=1),)
 
-    fits = isinstance(model.head, ClsHead)
-    _require('head', type(model.head).__name__, 'a ClsHead', fits)
+    if not isinstance(model.head, ClsHead):
+        raise ExportError(f'the head {type(model.head).__name__} cannot be exported')
     return Graph(model, compute, dict(scores={0: 'batch'}))
 
 
@@ -143,8 +141,8 @@ def segmentor(model: BaseModel) -> Graph:
         return logits.argmax(dim=1), logits
 
     _require('test_cfg.mode', model.test_cfg.get('mode', 'whole'), 'whole')
-    channels = model.out_channels
-    _require('decode_head.out_channels', channels, 'above 1', channels > 1)
+    if model.out_channels == 1:
+        raise ExportError('a segmentor with one output for two classes has no logits')
     for module in model.modules():
         if isinstance(module, Upsample) and not module.size:
             # Its own int(side * factor) would fix the size.
@@ -170,15 +168,14 @@ def retinanet(model: BaseModel) -> Graph:
     _require('bbox_head.bbox_coder', coder, 'DeltaXYWHBBoxCoder')
     _require('test_cfg.nms.type', cfg.nms.get('type'), 'nms')
     for key in ('nms_pre', 'max_per_img'):
-        value = cfg.get(key, -1)
-        _require(f'test_cfg.{key}', value, 'above 0', value > 0)
+        if cfg.get(key, -1) <= 0:
+            raise ExportError(f'test_cfg.{key} must be above 0, but is {cfg.get(key)}')
     length = min(cfg.max_per_img, head.prior_generator.num_levels * cfg.nms_pre)
-    outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch', 1: length})
-    return Graph(model, _detect, outputs, test_cfg=cfg.to_dict())
+    outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch'})
+    return Graph(model, _detect, outputs, length, test_cfg=cfg.to_dict())
 
 
 def _detect(model: BaseModel, images: Tensor, size: tuple) -> tuple[Tensor, ...]:
-    """Compute what :func:`retinanet` gives."""
     head, cfg = model.bbox_head, model.bbox_head.test_cfg
     logits, deltas = head(model.extract_feat(images))
     anchors = head.prior_generator.grid_priors(

@@ -59,8 +59,8 @@ def verify(
     for chosen, size in checks:
         fitted = [ImageOps.fit(Image.fromarray(one), size[::-1]) for one in chosen]
         batch = np.stack(fitted)
-        pixels = batch[..., :: -1 if graph.order == 'RGB' else 1].transpose(0, 3, 1, 2)
-        pixels = torch.from_numpy(pixels.astype(np.float32))
+        pixels = batch[..., ::-1] if graph.order == 'RGB' else batch
+        pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
         with refusing(f'the exported {kind} does not run'), torch.no_grad():
             found = dict(zip(graph.outputs, exported.run(pixels)))
         if 'boxes' in found:

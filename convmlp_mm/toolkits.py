@@ -22,7 +22,7 @@ class Toolkit(NamedTuple):
     Attributes:
         scope: Its name, as package and as ``default_scope``.
         inferencer: Path of its inferencer's class.
-        predictor: Path of the class that gives the inferencer's results another form.
+        predictor: The class in ``convmlp_mm.predict`` that uses the inferencer.
         visualizer: The type of its visualizer.
         sample: Path of the class of its samples.
         results: By output of an exported file, what a sample has of it.
@@ -44,7 +44,7 @@ ROWS = (
     Toolkit(
         scope='mmpretrain',
         inferencer='mmpretrain.apis.ImageClassificationInferencer',
-        predictor='convmlp_mm.predict.ClassificationPredictor',
+        predictor='ClassificationPredictor',
         visualizer='UniversalVisualizer',
         sample='mmpretrain.structures.DataSample',
         results=dict(scores='pred_score'),
@@ -52,7 +52,7 @@ ROWS = (
     Toolkit(
         scope='mmdet',
         inferencer='mmdet.apis.DetInferencer',
-        predictor='convmlp_mm.predict.DetectionPredictor',
+        predictor='DetectionPredictor',
         visualizer='DetLocalVisualizer',
         sample='mmdet.structures.DetDataSample',
         results=dict(
@@ -64,7 +64,7 @@ ROWS = (
     Toolkit(
         scope='mmseg',
         inferencer='mmseg.apis.MMSegInferencer',
-        predictor='convmlp_mm.predict.SegmentationPredictor',
+        predictor='SegmentationPredictor',
         visualizer='SegLocalVisualizer',
         sample='mmseg.structures.SegDataSample',
         results=dict(logits='seg_logits.data'),

@@ -16,7 +16,7 @@ import sys
 import cv2
 import numpy as np
 from mmengine.device import get_device
-from mmengine.utils import get_object_from_string, track_iter_progress
+from mmengine.utils import track_iter_progress
 
 from convmlp_mm import get_inferencer, launch, predict
 from convmlp_mm.apis import switch_to_deploy
@@ -68,7 +68,7 @@ def main() -> int:
         os.makedirs(args.out, exist_ok=True)
     root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
     names = predict.name_outputs(images, root)
-    kind = get_object_from_string(toolkit_of(cfg.default_scope).predictor)
+    kind = getattr(predict, toolkit_of(cfg.default_scope).predictor)
     results = kind(inferencer, args.score_thr)
     for path in track_iter_progress(images, file=sys.stderr):
         name, stem = osp.relpath(path, root), names[path]

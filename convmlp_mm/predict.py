@@ -73,11 +73,8 @@ def read_image(path: str) -> np.ndarray:
 class Predictor:
     """Predict images, draw them, and collect the content of ``results.json``.
 
-    Subclasses, one for each toolkit, draw predictions and describe them.
-
-    Args:
-        inferencer: See :func:`convmlp_mm.get_inferencer`.
-        score_thr: Lowest score of the detections that are drawn and kept.
+    Subclasses, one for each toolkit, draw predictions and describe them. Detections
+    with scores below ``score_thr`` are neither drawn nor kept.
     """
 
     # The list of predictions in the file.
@@ -90,20 +87,16 @@ class Predictor:
         self.ids = self.category_ids()
 
     def predict(self, image: str) -> tuple[BaseDataElement, np.ndarray]:
-        """Predict an image, named by its path.
-
-        Returns:
-            The prediction as the toolkit gives it, and a drawing of it, (H, W, 3), RGB,
-            uint8.
+        """Predict the image of a path, and draw it: (H, W, 3), RGB, uint8.
 
         Raises:
-            ValueError: If there are numbers in it that are not finite.
+            ValueError: If there are numbers in the prediction that are not finite.
         """
         (data,) = self.inferencer.preprocess([image])
         # That of mmdet has the inputs before it.
         data = data if isinstance(data, dict) else data[1]
         (sample,) = self.inferencer.forward(data)
-        # Visualizers fail at them.
+        # Visualizers fail at such numbers.
         if not is_finite(sample):
             raise ValueError('the prediction has numbers that are not finite')
         return sample, self.draw(image, sample)
@@ -226,8 +219,7 @@ class SegmentationPredictor(Predictor):
 
     def describe(self, sample, stem):
         labels, counts = np.unique(labels_of(sample), return_counts=True)
-        names = [self.classes[label] for label in labels]
-        pixels = dict(zip(names, counts.tolist()))
+        pixels = {self.classes[i]: n for i, n in zip(labels, counts.tolist())}
         return [dict(label_map=f'label_maps/{stem}.png', pixels=pixels)]
 
 

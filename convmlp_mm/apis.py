@@ -13,7 +13,8 @@ from mmengine.device import get_device
 from mmengine.infer import BaseInferencer
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.utils import get_object_from_string
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,12 +35,8 @@ __all__ = [
 def build_model(cfg: Config) -> BaseModel:
     """Build the model of a configuration in the scope of its toolkit.
 
-    Args:
-        cfg: Of mmpretrain, mmdet or mmseg; it is not changed.
-
-    Returns:
-        In evaluation mode, on the CPU, with random weights, the configuration as
-        ``cfg`` and the names of the classes in ``dataset_meta``.
+    It is in evaluation mode, on the CPU, with random weights, the configuration as
+    ``cfg`` and the names of the classes in ``dataset_meta``.
 
     Raises:
         ValueError: If the configuration does not name one of the toolkits.
@@ -62,27 +59,18 @@ def build_model(cfg: Config) -> BaseModel:
 def get_model(
     name: str, pretrained: bool | str = False, device: str | None = None, **changes
 ) -> BaseModel:
-    """Build a classifier, detector or segmentor by its name.
+    """Build a classifier, detector or segmentor by its name, in evaluation mode.
 
     Args:
         name: See :func:`find_config`.
-        pretrained: Whether to load the published weights of this model, or the path
-            or URL of others. Defaults to False, which leaves the weights random.
+        pretrained: Whether to load the published weights, or the path or URL of others.
         device: Where the model goes. Defaults to the CPU.
         **changes: What to merge into ``model`` of the configuration, for instance
             ``backbone=dict(out_indices=(0, 1, 2, 3))``.
 
-    Returns:
-        See :func:`build_model`.
-
     Raises:
         ValueError: If there is no such model, if it has no published weights, or if
             the weights do not fit.
-
-    Examples:
-        >>> model = get_model('convmlp_s_imagenet')
-        >>> sum(p.numel() for p in model.parameters())
-        9022920
     """
     weights = _find_weights(name, pretrained)
     cfg = find_config(name)
@@ -103,12 +91,7 @@ def get_inferencer(
     Args:
         name: See :func:`find_config`.
         weights: Whether to load the published weights, or the path or URL of others.
-            Defaults to True.
         device: Where the model goes. Defaults to a GPU if there is one.
-
-    Returns:
-        ``ImageClassificationInferencer`` of mmpretrain, ``DetInferencer`` of mmdet or
-        ``MMSegInferencer`` of mmseg.
 
     Raises:
         ValueError: See :func:`get_model`; and if the head in the file has another
@@ -116,28 +99,25 @@ def get_inferencer(
     """
     weights = _find_weights(name, weights)
     cfg = find_config(name)
-    toolkit, meta = toolkit_of(cfg.default_scope), _dataset_meta(cfg)
+    toolkit = toolkit_of(cfg.default_scope)
     toolkit.register()
+    meta = _dataset_meta(cfg)
     give_visualizer(cfg)
     # mmengine's inferencer takes a name here, unlike its Runner.
     loader = cfg.get('test_dataloader') or {}
     if isinstance(loader.get('collate_fn'), dict):
         loader.collate_fn = loader.collate_fn['type']
-    options = {}
-    if toolkit.scope == 'mmpretrain':
-        options['pretrained'] = False
-    elif toolkit.scope == 'mmseg':
-        # Without colours, drawn as mmseg does, the visualizer takes those of another
-        # data set.
+    if toolkit.scope == 'mmseg':
+        # Its visualizer takes the colours of another data set for those that lack.
         drawn = np.random.RandomState(42).randint(0, 255, (len(meta['classes']), 3))
         meta.setdefault('palette', drawn.tolist())
-        options = dict(classes=meta['classes'], palette=meta['palette'])
+    options = dict(pretrained=False) if toolkit.scope == 'mmpretrain' else {}
     in_scope = DefaultScope.overwrite_default_scope(toolkit.scope)
     with warnings.catch_warnings(), in_scope:
         # The toolkits warn of weights that are not loaded and classes that are
         # guessed, which is put right below.
         warnings.simplefilter('ignore')
-        build = toolkit.inferencer_class()
+        build = get_object_from_string(toolkit.inferencer)
         inferencer = build(cfg, device=device or get_device(), **options)
     model = inferencer.model
     model.cfg = cfg
@@ -165,22 +145,23 @@ def load_weights(
 ) -> None:
     """Load a checkpoint into a classifier, detector or segmentor, or nothing.
 
-    A line in the log says how many tensors matched and what was skipped.
+    A line in the log says how many tensors matched and what was skipped. Names of
+    classes in the file stand in for those that the configuration does not have.
 
     Args:
-        model: See :func:`build_model`. If its configuration does not name the classes,
-            ``dataset_meta`` gets the names in the file.
+        model: See :func:`build_model`.
         weights: Path or URL, see :func:`convmlp_mm.checkpoint.read_checkpoint`.
-        partial: See :func:`convmlp_mm.checkpoint.fit_checkpoint`. Defaults to False.
-        skip_heads: Likewise. Defaults to True.
+        partial: See :func:`convmlp_mm.checkpoint.fit_checkpoint`.
+        skip_heads: Likewise.
 
     Raises:
         OSError: If there is no such file.
         ValueError: If it is no file of weights, or does not fit.
     """
     checkpoint = read_checkpoint(weights)
-    options = (partial, skip_heads)
-    state_dict, message = fit_checkpoint(model, checkpoint, weights, *options)
+    state_dict, message = fit_checkpoint(
+        model, checkpoint, weights, partial, skip_heads
+    )
     # Only what may be missing is missing, as has been checked, so this is not strict.
     model.load_state_dict(state_dict, strict=False)
     print_log(message, logger='current')
@@ -195,18 +176,11 @@ def load_weights(
 def switch_to_deploy(model: nn.Module) -> None:
     """Fold each BN that can be folded into the convolution before it.
 
-    These are the BNs of backbones that have ``switch_to_deploy``, such as
+    The model is changed in place, for inference only; its outputs stay, to rounding.
+    Folded are the BNs of backbones that have ``switch_to_deploy``, such as
     :class:`ConvMLP` and RepVGG, and of mmcv's ``ConvModule``, unless several norms
-    share its convolution. Outputs stay, to rounding. Necks and heads that compute the
-    same from channels-last maps of a :class:`ConvMLP` get them, see
+    share its convolution. Necks and heads get channels-last maps, see
     :func:`convmlp_mm.hooks.model.use_channels_last`.
-
-    Args:
-        model: For inference only; changed in place and put into evaluation mode. The
-            way back is to build it again.
-
-    Examples:
-        ``switch_to_deploy(get_model('retinanet_convmlp_s', 'last.pth'))``
     """
     from .hooks.model import use_channels_last
 
@@ -239,8 +213,9 @@ def _dataset_meta(cfg: Config) -> dict:
     """Return the names and colours of the classes that a configuration tests on."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     _, dataset = next(walk_datasets(dataset))
-    registry = toolkit_of(cfg.default_scope).registry('DATASETS')
-    # A registry fails at an empty name.
     kind = dataset.get('type')
-    kind = registry.get(kind) if kind and isinstance(kind, str) else kind
+    # A registry fails at an empty name.
+    if kind and isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
+            kind = registry.get(kind)
     return {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}

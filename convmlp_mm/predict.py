@@ -1,17 +1,14 @@
-"""Predict folders of images with the inferencers of the toolkits.
+"""Predict images with the inferencers of the toolkits.
 
-What the inferencers lack for that: an unreadable file does not end the run, results
-keep the names of the images, and files are in formats that others read.
+What they lack for that: results keep the names of the images, files are in formats that
+others read, and an image that is cut off is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import os.path as osp
-import unicodedata
-from collections import Counter
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import mmcv
@@ -21,35 +18,19 @@ from mmengine.infer import BaseInferencer
 from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-__all__ = [
-    'Predictor',
-    'labels_of',
-    'list_images',
-    'name_outputs',
-    'predictor_of',
-    'read_image',
-    'read_whole_image',
-]
+__all__ = ['Predictor', 'labels_of', 'list_images', 'name_outputs', 'read_image']
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 # COCO numbers its 80 classes from 1 to 90 and leaves these out.
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 # Images of classifiers are drawn with this short side, so that text fits on them.
 CLASSIFIED_SIDE = 320
-# The length of a file name in bytes, to which write_file and the ending add some.
-MAX_NAME = 230
 
 
 def list_images(path: str | os.PathLike) -> list[str]:
-    """List the images that are to be predicted.
+    """List an image, or the files in a folder that are called like images, sorted.
 
-    Args:
-        path: An image, or a folder, which is searched with the folders in it for files
-            that are called like images.
-
-    Returns:
-        Paths, sorted. They may be no regular files, of which :func:`read_whole_image`
-        tells.
+    Folders in the folder are searched too. :func:`read_image` may refuse some files.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no image in it.
@@ -68,48 +49,36 @@ def list_images(path: str | os.PathLike) -> list[str]:
     return found
 
 
-def read_whole_image(path: str) -> np.ndarray:
-    """Read an image as the toolkits do: (H, W, 3), blue first, uint8.
-
-    Raises:
-        OSError: If it cannot be read to its end.
-    """
-    # Opening a pipe would wait for somebody who writes.
-    if osp.exists(path) and not osp.isfile(path):
-        raise OSError('it is a pipe, socket or device')
-    # OpenCV, with which the toolkits read, pads what is missing in grey.
-    with Image.open(path) as image:
-        image.load()
-    pixels = mmcv.imread(path)
-    if pixels is None:
-        raise OSError(f'OpenCV cannot read {path}')
-    return pixels
-
-
 def read_image(path: str) -> np.ndarray:
-    """Read an image as :func:`read_whole_image` does, and name it if that fails.
+    """Read an image as the toolkits do: (H, W, 3), blue first, uint8.
 
     Raises:
         ValueError: If it cannot be read to its end.
     """
     try:
-        return read_whole_image(path)
+        # Opening a pipe would wait for somebody who writes.
+        if osp.exists(path) and not osp.isfile(path):
+            raise OSError('it is a pipe, socket or device')
+        # OpenCV, with which the toolkits read, pads what is missing in grey.
+        with Image.open(path) as image:
+            image.load()
+        pixels = mmcv.imread(path)
+        if pixels is None:
+            raise OSError('OpenCV does not know its format')
     except Exception as error:  # Pillow raises what it likes for broken files.
         raise ValueError(f'image {path!r} cannot be read: {error}') from error
+    return pixels
 
 
 class Predictor:
     """Predict images, draw them, and collect the content of ``results.json``.
 
-    Subclasses, one for each toolkit, draw predictions and describe them.
-
-    Args:
-        inferencer: See :func:`convmlp_mm.get_inferencer`.
-        score_thr: Lowest score of the detections that are drawn and kept.
+    Subclasses, one for each toolkit, draw predictions and describe them. Detections
+    with scores below ``score_thr`` are neither drawn nor kept.
     """
 
-    # The list of predictions in the file, and whether a batch may mix sizes.
-    key, mixes_sizes = 'predictions', False
+    # The list of predictions in the file.
+    key = 'predictions'
 
     def __init__(self, inferencer: BaseInferencer, score_thr: float) -> None:
         self.inferencer, self.score_thr = inferencer, score_thr
@@ -117,41 +86,34 @@ class Predictor:
         self.images, self.predictions, self.skipped = [], [], []
         self.ids = self.category_ids()
 
-    def predict(
-        self, images: list[str]
-    ) -> list[tuple[BaseDataElement, np.ndarray | None]]:
-        """Predict one batch of images, named by their paths.
+    def predict(self, image: str) -> tuple[BaseDataElement, np.ndarray]:
+        """Predict the image of a path, and draw it: (H, W, 3), RGB, uint8.
 
-        Returns:
-            For each the prediction as the toolkit gives it, and a drawing of it,
-            (H, W, 3), RGB, uint8; None if there are numbers in it that are not finite.
+        Raises:
+            ValueError: If there are numbers in the prediction that are not finite.
         """
-        samples = []
-        for data in self.inferencer.preprocess(images, batch_size=len(images)):
-            samples += self.forward(data)
-        # Visualizers fail at the others.
-        finite = [i for i, sample in enumerate(samples) if is_finite(sample)]
-        drawn = self.draw([images[i] for i in finite], [samples[i] for i in finite])
-        drawn = dict(zip(finite, drawn))
-        return [(sample, drawn.get(i)) for i, sample in enumerate(samples)]
+        (data,) = self.inferencer.preprocess([image])
+        # That of mmdet has the inputs before it.
+        data = data if isinstance(data, dict) else data[1]
+        (sample,) = self.inferencer.forward(data)
+        # Visualizers fail at such numbers.
+        if not is_finite(sample):
+            raise ValueError('the prediction has numbers that are not finite')
+        return sample, self.draw(image, sample)
 
     def add(
-        self,
-        name: str,
-        size: tuple[int, int],
-        sample: BaseDataElement,
-        label_map: str,
-        drawn: str,
+        self, name: str, size: tuple[int, int], sample: BaseDataElement, stem: str
     ) -> None:
         """Add the prediction of an image to the results.
 
         ``name`` is that of the image in the folder, ``size`` its height and width in
-        pixels, ``label_map`` a segmentor's label map, and ``drawn`` the drawing.
+        pixels, and ``stem`` the name without ending of what is written of it.
         """
-        image = dict(id=len(self.images) + 1, file_name=name, picture=drawn)
-        self.images.append(dict(image, height=int(size[0]), width=int(size[1])))
-        for record in self.describe(sample, label_map):
-            self.predictions.append(dict(image_id=image['id'], **record))
+        number, picture = len(self.images) + 1, f'vis/{stem}.jpg'
+        image = dict(id=number, file_name=name, picture=picture)
+        self.images.append(dict(image, height=size[0], width=size[1]))
+        for record in self.describe(sample, stem):
+            self.predictions.append(dict(image_id=number, **record))
 
     def content(self, **info: object) -> dict:
         """Return what ``results.json`` will hold."""
@@ -168,17 +130,11 @@ class Predictor:
         """Return the numbers of the classes in the file."""
         return list(range(len(self.classes)))
 
-    def forward(self, data: object) -> list[BaseDataElement]:
-        """Predict what the inferencer has preprocessed."""
-        return self.inferencer.forward(data)
-
-    def draw(
-        self, images: list[str], samples: list[BaseDataElement]
-    ) -> list[np.ndarray]:
-        """Draw predictions on their images."""
+    def draw(self, image: str, sample: BaseDataElement) -> np.ndarray:
+        """Draw a prediction on its image."""
         raise NotImplementedError
 
-    def describe(self, sample: BaseDataElement, label_map: str) -> list[dict]:
+    def describe(self, sample: BaseDataElement, stem: str) -> list[dict]:
         """Return the records of one image for the file."""
         raise NotImplementedError
 
@@ -186,24 +142,17 @@ class Predictor:
 class ClassificationPredictor(Predictor):
     """The five most probable classes of each image."""
 
-    mixes_sizes = True
-
-    def draw(self, images, samples):
+    def draw(self, image, sample):
         if self.inferencer.visualizer is None:
             # The inferencer itself builds it only where it draws.
             from mmpretrain.visualization import UniversalVisualizer
 
             self.inferencer.visualizer = UniversalVisualizer()
-        settings = dict(resize=CLASSIFIED_SIDE, draw_gt=False)
-        settings['classes'] = self.inferencer.classes
-        return [
-            self.inferencer.visualizer.visualize_cls(
-                mmcv.imread(image, channel_order='rgb'), sample, **settings
-            )
-            for image, sample in zip(images, samples)
-        ]
+        pixels = mmcv.imread(image, channel_order='rgb')
+        settings = dict(classes=self.classes, resize=CLASSIFIED_SIDE, draw_gt=False)
+        return self.inferencer.visualizer.visualize_cls(pixels, sample, **settings)
 
-    def describe(self, sample, label_map):
+    def describe(self, sample, stem):
         best = sample.pred_score.topk(min(5, len(sample.pred_score)))
         top = []
         for score, label in zip(best.values.tolist(), best.indices.tolist()):
@@ -225,15 +174,11 @@ class DetectionPredictor(Predictor):
             return [i for i in range(1, 91) if i not in UNUSED_COCO_IDS]
         return list(range(1, len(self.classes) + 1))
 
-    def forward(self, data):
-        return self.inferencer.forward(data[1])
+    def draw(self, image, sample):
+        settings = dict(return_vis=True, pred_score_thr=self.score_thr)
+        return self.inferencer.visualize([image], [sample], **settings)[0]
 
-    def draw(self, images, samples):
-        return self.inferencer.visualize(
-            images, samples, return_vis=True, pred_score_thr=self.score_thr
-        )
-
-    def describe(self, sample, label_map):
+    def describe(self, sample, stem):
         from mmdet.structures.mask import encode_mask_results
 
         found = sample.pred_instances
@@ -260,40 +205,22 @@ class DetectionPredictor(Predictor):
 
 
 class SegmentationPredictor(Predictor):
-    """The share of each class; the label maps are files of their own."""
+    """The pixels of each class; the label maps are files of their own."""
 
-    def draw(self, images, samples):
-        drawn = self.inferencer.visualize(
-            images, samples, return_vis=True, opacity=0.6, with_labels=False
-        )
-        palette = self.inferencer.visualizer.dataset_meta['palette']
-        for i, sample in enumerate(samples):
-            labels, counts = np.unique(labels_of(sample), return_counts=True)
-            texts, colours = [], []
-            for k in np.argsort(-counts, kind='stable'):
-                percents = 100 * counts[k] / counts.sum()
-                share = f'{percents:.1f} %' if percents >= 0.1 else '< 0.1 %'
-                texts.append(f'{self.classes[labels[k]]}  {share}')
-                colours.append(palette[labels[k]])
-            drawn[i] = add_legend(drawn[i], texts, colours)
-        return drawn
-
-    def describe(self, sample, label_map):
+    def draw(self, image, sample):
+        # To find places for its labels, mmseg would need seconds and gigabytes.
+        settings = dict(return_vis=True, opacity=0.6, with_labels=False)
+        (drawn,) = self.inferencer.visualize([image], [sample], **settings)
         labels, counts = np.unique(labels_of(sample), return_counts=True)
+        labels = labels[np.argsort(-counts, kind='stable')]
+        palette = self.inferencer.visualizer.dataset_meta['palette']
         names = [self.classes[label] for label in labels]
-        return [dict(label_map=label_map, pixels=dict(zip(names, counts.tolist())))]
+        return add_legend(drawn, names, [palette[label] for label in labels])
 
-
-PREDICTORS = dict(
-    mmpretrain=ClassificationPredictor,
-    mmdet=DetectionPredictor,
-    mmseg=SegmentationPredictor,
-)
-
-
-def predictor_of(inferencer: BaseInferencer, score_thr: float) -> Predictor:
-    """Return the :class:`Predictor` for the toolkit of an inferencer."""
-    return PREDICTORS[inferencer.model.cfg.default_scope](inferencer, score_thr)
+    def describe(self, sample, stem):
+        labels, counts = np.unique(labels_of(sample), return_counts=True)
+        pixels = {self.classes[i]: n for i, n in zip(labels, counts.tolist())}
+        return [dict(label_map=f'label_maps/{stem}.png', pixels=pixels)]
 
 
 def labels_of(sample: BaseDataElement) -> np.ndarray:
@@ -309,68 +236,37 @@ def is_finite(value: object) -> bool:
 
 
 def add_legend(
-    drawn: np.ndarray, texts: list[str], colours: list[tuple[int, int, int]]
+    drawn: np.ndarray, names: list[str], colours: list[tuple[int, int, int]]
 ) -> np.ndarray:
     """Put names and colours (RGB) to the right of an image, (H, W, 3), uint8.
 
-    Names that do not fit into its height are counted.
+    Those that do not fit into its height are left out.
     """
     height, left = drawn.shape[:2]
     size = int(np.clip(height / 30, 11, 24))
-    line = round(1.5 * size)
-    room = max(1, height // line)
-    if len(texts) > room:
-        texts = [*texts[: room - 1], f'and {len(texts) - room + 1} more']
-        colours = [*colours[: room - 1], (255, 255, 255)]
     font = ImageFont.load_default(size)
-    width = 2 * line + int(max(map(font.getlength, texts)))
+    width = 3 * size + int(max(map(font.getlength, names)))
     image = ImageOps.expand(Image.fromarray(drawn), (0, 0, width, 0), 'white')
     draw = ImageDraw.Draw(image)
-    for i, (text, colour) in enumerate(zip(texts, colours)):
-        x, y = left + size // 2, i * line + (line - size) // 2
+    for i, (name, colour) in enumerate(zip(names, colours)):
+        x, y = left + size // 2, i * 3 * size // 2
         draw.rectangle((x, y, x + size, y + size), tuple(colour))
-        draw.text((x + line, y + size // 2), text, 'black', font, anchor='lm')
+        draw.text((x + 3 * size // 2, y + size // 2), name, 'black', font, anchor='lm')
     return np.array(image)
 
 
 def name_outputs(images: list[str], root: str) -> dict[str, str]:
-    """Choose names without ending for what is written of each image.
+    """Choose names without ending for what is written of each image, by its path.
 
-    Args:
-        images: Their paths.
-        root: The folder that they lie in; folders below it stay.
-
-    Returns:
-        By path. Images that differ in the ending only keep it, and a number follows
-        where that does not suffice. No two differ in the case of letters only, which
-        some disks ignore; long ones are cut.
+    That is its path below ``root`` without ending, or with the ending if another image
+    has this name, and with a number where that does not suffice. No two differ in the
+    case of letters only, which some disks ignore.
     """
-    names = {path: osp.relpath(path, root) for path in images}
-    stems = {path: osp.splitext(name)[0] for path, name in names.items()}
-    alike = Counter(map(_folded, stems.values()))
-    # Names that no file may have: those of folders, and of other files.
-    taken = {_folded(p) for name in names.values() for p in Path(name).parents}
-    chosen = {}
-    for path, name in names.items():
-        candidate = _cut(stems[path] if alike[_folded(stems[path])] == 1 else name)
-        numbers = count(2)
-        while taken & {_folded(candidate + end) for end in ('.jpg', '.png')}:
-            candidate = _cut(f'{name}-{next(numbers)}')
-        taken |= {_folded(candidate + end) for end in ('.jpg', '.png')}
-        chosen[path] = candidate
+    chosen, taken = {}, set()
+    for path in images:
+        name = osp.relpath(path, root)
+        numbered = (f'{name}-{number}' for number in count(2))
+        stems = chain((osp.splitext(name)[0], name), numbered)
+        chosen[path] = next(s for s in stems if s.casefold() not in taken)
+        taken.add(chosen[path].casefold())
     return chosen
-
-
-def _folded(name: object) -> str:
-    return unicodedata.normalize('NFC', str(name)).casefold()
-
-
-def _cut(path: str) -> str:
-    """Shorten the last part of a path, with a hash of it."""
-    folder, part = osp.split(path)
-    content = os.fsencode(part)
-    if len(content) <= MAX_NAME:
-        return path
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    part = content[: MAX_NAME - 20].decode(errors='ignore')
-    return osp.join(folder, f'{part}-{digest}')

@@ -1,15 +1,14 @@
 """What differs between the three toolkits, one row for each.
 
-What depends on ``default_scope`` and is wanted in more than one place stands here.
+What depends on ``default_scope`` and is wanted in several places stands here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 from mmengine.config import Config
-from mmengine.registry import Registry
 
 __all__ = ['TOOLKITS', 'Toolkit', 'default_shape', 'toolkit_of']
 
@@ -17,20 +16,21 @@ __all__ = ['TOOLKITS', 'Toolkit', 'default_shape', 'toolkit_of']
 CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
 
 
-@dataclass(frozen=True)
-class Toolkit:
+class Toolkit(NamedTuple):
     """A toolkit that builds models with this backbone.
 
     Attributes:
-        scope (str): Its name, as package and as ``default_scope``.
-        inferencer (str): Module and class of its inferencer.
-        visualizer (str): The type of its visualizer.
-        sample (str): The class of its samples, in its module ``structures``.
-        results (dict): By output of an exported file, what a sample has of it.
+        scope: Its name, as package and as ``default_scope``.
+        inferencer: Path of its inferencer's class.
+        predictor: The class in ``convmlp_mm.predict`` that uses the inferencer.
+        visualizer: The type of its visualizer.
+        sample: Path of the class of its samples.
+        results: By output of an exported file, what a sample has of it.
     """
 
     scope: str
     inferencer: str
+    predictor: str
     visualizer: str
     sample: str
     results: dict[str, str]
@@ -39,34 +39,22 @@ class Toolkit:
         """Import its modules, so that its registries know their classes."""
         import_module(f'{self.scope}.utils').register_all_modules(False)
 
-    def registry(self, name: str) -> Registry:
-        """Return one of its registries, such as ``'DATASETS'``, filled."""
-        self.register()
-        return getattr(import_module(f'{self.scope}.registry'), name)
-
-    def sample_class(self) -> type:
-        """Return the class of its samples."""
-        return getattr(import_module(f'{self.scope}.structures'), self.sample)
-
-    def inferencer_class(self) -> type:
-        """Return the class of its inferencer."""
-        module, _, name = self.inferencer.rpartition('.')
-        return getattr(import_module(module), name)
-
 
 ROWS = (
     Toolkit(
         scope='mmpretrain',
         inferencer='mmpretrain.apis.ImageClassificationInferencer',
+        predictor='ClassificationPredictor',
         visualizer='UniversalVisualizer',
-        sample='DataSample',
+        sample='mmpretrain.structures.DataSample',
         results=dict(scores='pred_score'),
     ),
     Toolkit(
         scope='mmdet',
         inferencer='mmdet.apis.DetInferencer',
+        predictor='DetectionPredictor',
         visualizer='DetLocalVisualizer',
-        sample='DetDataSample',
+        sample='mmdet.structures.DetDataSample',
         results=dict(
             boxes='pred_instances.bboxes',
             scores='pred_instances.scores',
@@ -76,8 +64,9 @@ ROWS = (
     Toolkit(
         scope='mmseg',
         inferencer='mmseg.apis.MMSegInferencer',
+        predictor='SegmentationPredictor',
         visualizer='SegLocalVisualizer',
-        sample='SegDataSample',
+        sample='mmseg.structures.SegDataSample',
         results=dict(logits='seg_logits.data'),
     ),
 )

@@ -216,7 +216,6 @@ PREDICT = ['predict.py', RECIPE, 'none.pth']
         ([*PREDICT, 'empty', '--out', OUT], ["folder 'empty' has no images"]),
         ([*PREDICT, IMAGES, '--out', 'full'], ["results.json' is already there"]),
         ([*PREDICT, IMAGES, '--out', OUT, '--score-thr', '2'], ['in [0, 1], got 2.0']),
-        ([*PREDICT, IMAGES, '--out', OUT, '--batch-size', '0'], ['at least 1, got 0']),
         (['export.py', RECIPE, 'none', 'a.onnx', '--format', 'x'], ['invalid', "'x'"]),
         (['export.py', RECIPE, 'none', 'no/a.onnx'], ["folder 'no' does not exist"]),
         (['complexity.py', 'no_such'], ["no configuration 'no_such'"]),

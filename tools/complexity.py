@@ -34,7 +34,6 @@ class Complexity(NamedTuple):
 
     Auxiliary heads and frozen parameters count, buffers do not. ``activations`` are as
     in "Designing Network Design Spaces" (Sec. 3.1), but of matrix products too.
-    ``strides`` and ``channels`` are those of the maps that the backbone returns.
     """
 
     name: str
@@ -43,8 +42,6 @@ class Complexity(NamedTuple):
     trainable: int
     macs: int
     activations: int
-    strides: tuple[int, ...]
-    channels: tuple[int, ...]
 
 
 def measure_complexity(
@@ -58,7 +55,6 @@ def measure_complexity(
     shape = shape or usual
     sizes = dict.fromkeys(('img_shape', 'batch_input_shape'), shape)
     samples = [DetDataSample(metainfo=sizes)]
-    outputs = []
     flops = FlopCounterMode(display=False)
     # This one counts the outputs of the same operators in place of their work.
     counts = dict.fromkeys(flop_registry, _numel)
@@ -66,8 +62,6 @@ def measure_complexity(
     try:
         model = build_model(cfg).to('meta')
         _give_boxes(model)
-        if hasattr(model, 'backbone'):
-            model.backbone.register_forward_hook(lambda *args: outputs.append(args[-1]))
         with torch.no_grad(), numels, flops:
             model(torch.zeros(1, 3, *shape, device='meta'), samples, mode='tensor')
     except Exception as error:  # Each model fails in its own way.
@@ -79,8 +73,7 @@ def measure_complexity(
     params = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     macs, activations = flops.get_total_flops() // 2, numels.get_total_flops()
-    levels = _describe(model, outputs, shape)
-    return Complexity(name, shape, params, trainable, macs, activations, *levels)
+    return Complexity(name, shape, params, trainable, macs, activations)
 
 
 def _give_boxes(model: nn.Module) -> None:
@@ -110,57 +103,29 @@ def _numel(*args: object, out_shape: Sequence = (), **kwargs: object) -> int:
     return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
 
 
-def _describe(model: nn.Module, outputs: list, shape: tuple[int, int]) -> tuple:
-    """Return the strides and channels of the maps that a backbone has returned."""
-    if not outputs and hasattr(model, 'model'):
-        # timm says of most models what their classifiers see.
-        levels = getattr(model.model, 'feature_info', None) or []
-        levels = [level for level in levels if 'reduction' in level][-1:]
-        keys = ('reduction', 'num_chs')
-        return tuple(tuple(level[key] for level in levels) for key in keys)
-    maps = [m for output in outputs for m in output if isinstance(m, Tensor)]
-    maps = [m for m in maps if m.dim() == 4]
-    strides = []
-    for side, cells in (max(zip(shape, m.shape[2:])) for m in maps):
-        # Layers round odd sizes up. Patches may have 14 pixels.
-        powers = [2**n for n in range(12) if -(-side // 2**n) == cells]
-        strides.append(powers[0] if powers else round(side / cells))
-    return tuple(strides), tuple(m.shape[1] for m in maps)
-
-
-def format_costs(costs: list[Complexity], style: str) -> str:
-    """Format a table, in the units of its header but for CSV."""
-    columns = ('params', 1e6, 'M'), ('MACs', 1e9, 'G'), ('activations', 1e6, 'M')
-    exact = style == 'csv'
-    header = [key if exact else f'{key} ({letter})' for key, _, letter in columns]
-    rows = []
-    for cost in costs:
-        row = [cost.name, '{}x{}'.format(*cost.shape)]
-        for key, unit, _ in columns:
-            number = getattr(cost, key.lower())
-            row.append(str(number) if exact else f'{number / unit:.2f}')
-        rows.append(row)
-        row += [' '.join(map(str, n)) or '-' for n in (cost.strides, cost.channels)]
-    return format_table(['model', 'shape', *header, 'strides', 'channels'], rows, style)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('models', nargs='+', help='zoo names, files, mmdet::FILE, ..., timm::NAME')
-    text = 'height and width, or one number for both; by default those of the tests'
-    add('--shape', nargs='+', type=int, metavar='PIXELS', help=text)
+    text = 'height and width in pixels; by default those of the tests'
+    add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--format', choices=FORMATS, default='text')
     args = parser.parse_args(argv)
     # What the toolkits print does not belong into the table.
     with one_line_errors(), contextlib.redirect_stdout(sys.stderr):
-        if args.shape and len(args.shape) > 2:
-            raise ValueError(f'--shape takes one number or two, but got {args.shape}')
-        shape = args.shape and (args.shape[0], args.shape[-1])
         # All of them are found before the first is counted.
-        jobs = [(find_config(name), shape, name) for name in args.models]
-        costs = [measure_complexity(*job) for job in jobs]
-    sys.stdout.write(format_costs(costs, args.format))
+        found = [(find_config(name), name) for name in args.models]
+        shape = args.shape and tuple(args.shape)
+        costs = [measure_complexity(cfg, shape, name) for cfg, name in found]
+    header, rows = ['params (M)', 'MACs (G)', 'activations (M)'], []
+    if args.format == 'csv':
+        header = ['params', 'MACs', 'activations']
+    for cost in costs:
+        counts = [cost.params, cost.macs, cost.activations]
+        if args.format != 'csv':
+            counts = [f'{n / unit:.2f}' for n, unit in zip(counts, (1e6, 1e9, 1e6))]
+        rows.append([cost.name, '{}x{}'.format(*cost.shape), *map(str, counts)])
+    sys.stdout.write(format_table(['model', 'shape', *header], rows, args.format))
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import torch
 from convmlp_mm import __version__
 from convmlp_mm.apis import build_model, load_weights
 from convmlp_mm.checkpoint import hash_file, locate_checkpoint
-from convmlp_mm.export import FORMATS, OPSETS, check_request, export, verify, write
+from convmlp_mm.export import FORMATS, check_request, export, verify, write
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images, read_image
 from convmlp_mm.toolkits import default_shape
@@ -33,7 +33,6 @@ def parse_args() -> argparse.Namespace:
     text = 'pixels to compare at; default: the size of its tests'
     add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--images', help='image or folder to compare on; default: three drawn images')
-    add('--opset', type=int, choices=OPSETS, default=OPSETS[-1])
     add('--overwrite', action='store_true', help='replace the file')
     add_cfg_options(parser)
     return parser.parse_args()
@@ -45,11 +44,11 @@ def main() -> None:
         cfg = find_config(args.config)
         merge_options(cfg, args.cfg_options or {})
         wanted = (args.part, args.format)
-        check_request(cfg, args.out, *wanted, args.opset, args.overwrite)
+        check_request(cfg, args.out, *wanted, args.overwrite)
         images = args.images and [read_image(path) for path in list_images(args.images)]
         weights = args.weights
         if weights == 'published':
-            weights = published_weights(args.config.removeprefix('convmlp_mm::'))
+            weights = published_weights(args.config)
         torch.manual_seed(0)
         model = build_model(cfg)
         stated = 'random weights (seed 0)'
@@ -62,19 +61,14 @@ def main() -> None:
                 stated += f' (SHA-256 {digest[:8]})'
         notes = dict(config=args.config, weights=stated, version=__version__)
         shape = tuple(args.shape or default_shape(cfg))
-        exported = export(model, shape, *wanted, args.opset, notes)
+        exported = export(model, shape, *wanted, notes)
         verify(exported, model, images)
         write(exported, args.out, args.overwrite)
     print('largest |difference| / max(1, |PyTorch|):')
     for name, value in exported.differences.items():
         print(f'  {name}: {value:.1e}')
-    if 'boxes' in exported.graph.outputs:
-        print(
-            f'{exported.detections} detections, {exported.rounded} of them chosen '
-            'otherwise than by mmdet among equal scores'
-        )
-        if not exported.detections:
-            print('compare on images of the data set: --images', file=sys.stderr)
+    if 'boxes' in exported.graph.outputs and not exported.detections:
+        print('nothing was detected: compare on --images of the data', file=sys.stderr)
     print(f'{args.out}: {len(exported.content) / 1e6:.1f} MB, {stated}')
 
 

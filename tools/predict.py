@@ -12,16 +12,16 @@ import json
 import os
 import os.path as osp
 import sys
-from collections.abc import Callable
 
 import cv2
 import numpy as np
 from mmengine.device import get_device
-from mmengine.utils import ProgressBar
+from mmengine.utils import track_iter_progress
 
 from convmlp_mm import get_inferencer, launch, predict
 from convmlp_mm.apis import switch_to_deploy
 from convmlp_mm.checkpoint import check_output, write_file
+from convmlp_mm.toolkits import toolkit_of
 from convmlp_mm.zoo import find_config, published_weights
 
 
@@ -32,35 +32,12 @@ def parse_args() -> argparse.Namespace:
     add('weights', help="checkpoint file or URL, or 'published' for the authors'")
     add('input', type=path, help='image, or folder, with the folders in it')
     add('--out', required=True, type=path, help='folder for what is written')
-    text = (
-        'images predicted at once; detectors and segmentors take only images of one '
-        'size together, so that it changes no result (default: %(default)s)'
-    )
-    add('--batch-size', type=int, default=1, help=text)
     add('--device', help="such as 'cuda:1'; by default a GPU if any")
     text = 'lowest score of the detections that are kept (default: %(default)s)'
     add('--score-thr', type=float, default=0.3, help=text)
     add('--overwrite', action='store_true', help='replace files in OUT')
     launch.add_cfg_options(parser)
     return parser.parse_args()
-
-
-def batches(images: list[str], batch_size: int, mixed: bool, skip: Callable):
-    """Group images with their sizes, of one size unless they may be mixed."""
-    batch = {}
-    for image in images:
-        try:
-            size = predict.read_whole_image(image).shape[:2]
-        except Exception as error:  # Pillow raises what it likes for broken files.
-            skip(image, error)
-            continue
-        fits = mixed or not batch or size in batch.values()
-        if len(batch) == batch_size or not fits:
-            yield batch
-            batch = {}
-        batch[image] = size
-    if batch:
-        yield batch
 
 
 def save_image(path: str, pixels: np.ndarray) -> None:
@@ -74,8 +51,6 @@ def save_image(path: str, pixels: np.ndarray) -> None:
 def main() -> int:
     args = parse_args()
     with launch.one_line_errors():
-        if args.batch_size < 1:
-            raise ValueError(f'--batch-size must be at least 1, got {args.batch_size}')
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr must be in [0, 1], got {args.score_thr}')
         images = predict.list_images(args.input)
@@ -93,40 +68,30 @@ def main() -> int:
         os.makedirs(args.out, exist_ok=True)
     root = args.input if osp.isdir(args.input) else osp.dirname(args.input) or '.'
     names = predict.name_outputs(images, root)
-    results = predict.predictor_of(inferencer, args.score_thr)
-    bar = ProgressBar(len(images), file=sys.stderr)
-
-    def skip(path: str, error: Exception) -> None:
-        name = osp.relpath(path, root)
-        print(f'\nskipped {name}: {error}', file=sys.stderr)
-        results.skipped.append(dict(file_name=name, reason=str(error)))
-        bar.update()
-
-    for batch in batches(images, args.batch_size, results.mixes_sizes, skip):
-        found = results.predict(list(batch))
-        for (path, size), (sample, drawing) in zip(batch.items(), found):
-            label_map = f'label_maps/{names[path]}.png'
-            drawn = f'vis/{names[path]}.jpg'
-            try:
-                if drawing is None:
-                    raise ValueError('the prediction has numbers that are not finite')
-                save_image(osp.join(args.out, drawn), drawing)
-                if cfg.default_scope == 'mmseg':
-                    # Label maps of more than 256 classes need 16 bits.
-                    kind = 'uint8' if len(results.classes) <= 256 else 'uint16'
-                    labels = predict.labels_of(sample).astype(kind)
-                    save_image(osp.join(args.out, label_map), labels)
-            except (OSError, ValueError) as error:
-                skip(path, error)
-                continue
-            results.add(osp.relpath(path, root), size, sample, label_map, drawn)
-            bar.update()
+    kind = getattr(predict, toolkit_of(cfg.default_scope).predictor)
+    results = kind(inferencer, args.score_thr)
+    for path in track_iter_progress(images, file=sys.stderr):
+        name, stem = osp.relpath(path, root), names[path]
+        try:
+            size = predict.read_image(path).shape[:2]
+            sample, drawing = results.predict(path)
+            save_image(osp.join(args.out, 'vis', f'{stem}.jpg'), drawing)
+            if cfg.default_scope == 'mmseg':
+                # Label maps of more than 256 classes need 16 bits.
+                bits = np.min_scalar_type(len(results.classes) - 1)
+                labels = predict.labels_of(sample).astype(bits)
+                save_image(osp.join(args.out, 'label_maps', f'{stem}.png'), labels)
+        except (OSError, ValueError) as error:
+            print(f'\nskipped {name}: {error}', file=sys.stderr)
+            results.skipped.append(dict(file_name=name, reason=str(error)))
+        else:
+            results.add(name, size, sample, stem)
     info = dict(config=args.config, weights=weights, score_thr=args.score_thr)
     content = json.dumps(results.content(**info), indent=1, allow_nan=False)
     with launch.one_line_errors():
         write_file(report, content, overwrite=True)
     done = f'{len(results.images)} of {len(images)} images'
-    print(f'\npredicted {done}: {report} and {osp.join(args.out, "vis")}')
+    print(f'predicted {done}: {report} and {osp.join(args.out, "vis")}')
     return 1 if results.skipped else 0
 
 

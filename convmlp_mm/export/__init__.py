@@ -4,13 +4,12 @@
 toolkit, :func:`write` writes it.
 """
 
-from .formats import FORMATS, OPSETS, check_request, export, write
+from .formats import FORMATS, check_request, export, write
 from .systems import ExportError
 from .verify import draw_images, verify
 
 __all__ = [
     'FORMATS',
-    'OPSETS',
     'ExportError',
     'check_request',
     'draw_images',

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import util
 
 import torch
 from mmengine.config import Config
@@ -22,26 +21,24 @@ from ..apis import switch_to_deploy
 from ..checkpoint import check_output, write_file
 from .systems import SYSTEMS, ExportError, Graph, backbone
 
-__all__ = ['FORMATS', 'OPSETS', 'Exported', 'check_request', 'export', 'write']
+__all__ = ['FORMATS', 'Exported', 'check_request', 'export', 'write']
 
 INPUT = 'images'
-# The last is the newest that the exporter of torch 2.2 writes.
-OPSETS = range(13, 18)
+# The newest that the exporter of torch 2.2 writes.
+OPSET = 17
 
 
 class OnnxFormat:
     """ONNX, with any batch and size from 32 pixels on."""
 
-    suffix, smallest, packages = '.onnx', 32, ('onnx', 'onnxruntime')
+    suffix, smallest = '.onnx', 32
 
     @staticmethod
-    def make(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
+    def make(graph: Graph, example: Tensor, properties: dict) -> bytes:
         """Return the content of a file."""
         import onnx
 
-        axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **graph.outputs}
-        for name, one in axes.items():
-            axes[name] = {i: axis for i, axis in one.items() if isinstance(axis, str)}
+        axes = {0: 'batch', 2: 'height', 3: 'width'}
         # The exporter upon TorchScript is the one that both stacks have; the newer one
         # cannot leave the size open in torch 2.2.
         newer = 'dynamo' in inspect.signature(torch.onnx.export).parameters
@@ -52,17 +49,15 @@ class OnnxFormat:
             stream,
             input_names=[INPUT],
             output_names=list(graph.outputs),
-            opset_version=opset,
-            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamic_axes={INPUT: axes, **graph.outputs},
             **(dict(dynamo=False) if newer else {}),
         )
         proto = onnx.load_from_string(stream.getvalue())
-        for output in proto.graph.output:
-            for i, length in graph.outputs[output.name].items():
-                if isinstance(length, int):
-                    output.type.tensor_type.shape.dim[i].dim_value = length
+        if graph.length is not None:
+            for output in proto.graph.output:
+                output.type.tensor_type.shape.dim[1].dim_value = graph.length
         onnx.helper.set_model_props(proto, properties)
-        onnx.checker.check_model(proto)
         return proto.SerializeToString()
 
     @staticmethod
@@ -70,10 +65,8 @@ class OnnxFormat:
         """Return a function of images that runs a file."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
         on_cpu = ['CPUExecutionProvider']
-        session = onnxruntime.InferenceSession(content, options, providers=on_cpu)
+        session = onnxruntime.InferenceSession(content, providers=on_cpu)
         return lambda images: session.run(None, {INPUT: images.numpy()})
 
 
@@ -83,10 +76,10 @@ class TorchFormat:
     It takes a map of one position for one that always has one.
     """
 
-    suffix, smallest, packages = '.pt2', 129, ()
+    suffix, smallest = '.pt2', 129
 
     @staticmethod
-    def make(graph: Graph, example: Tensor, properties: dict, opset: int) -> bytes:
+    def make(graph: Graph, example: Tensor, properties: dict) -> bytes:
         """Return the content of a file."""
         axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
         program = torch.export.export(graph, (example,), dynamic_shapes=(axes,))
@@ -105,7 +98,7 @@ class TorchFormat:
 FORMATS = dict(onnx=OnnxFormat, torch=TorchFormat)
 
 
-@dataclass(repr=False)
+@dataclass
 class Exported:
     """A file in memory, with what :func:`verify` needs and then adds."""
 
@@ -115,8 +108,6 @@ class Exported:
     shape: tuple[int, int]
     differences: dict[str, float] | None = None
     detections: int = 0
-    # Those that mmdet lacks, having kept another box whose score rounds to the same.
-    rounded: int = 0
 
 
 def check_request(
@@ -124,20 +115,12 @@ def check_request(
     path: str | os.PathLike | None = None,
     part: str = 'model',
     form: str = 'onnx',
-    opset: int = OPSETS[-1],
     overwrite: bool = False,
 ) -> None:
     """Check what can be checked before a model is built.
 
     For arguments and errors see :func:`export` and :func:`write`; a path is optional.
     """
-    for name, value, allowed in (
-        ('part', part, ('model', 'backbone')),
-        ('format', form, tuple(FORMATS)),
-        ('opset', opset, tuple(OPSETS)),
-    ):
-        if value not in allowed:
-            raise ValueError(f'{name} must be one of {allowed}, but got {value!r}')
     suffix = FORMATS[form].suffix
     if path is not None and not str(path).endswith(suffix):
         raise ValueError(
@@ -148,15 +131,9 @@ def check_request(
             "format 'torch' needs torch 2.6 or newer: torch.export of torch "
             f"{torch.__version__} fixes batch and size; format 'onnx' does not"
         )
-    missing = [n for n in FORMATS[form].packages if util.find_spec(n) is None]
-    if missing:
-        missing = ' and '.join(missing)
-        raise ImportError(f"{missing} missing: pip install 'convmlp_mm[deploy]'")
     # Configurations that import have the class itself.
     kind = getattr(cfg.model.type, '__name__', cfg.model.type).rpartition('.')[2]
-    if part == 'backbone' and not cfg.model.get('backbone'):
-        raise ExportError(f'{kind} has no part that is called backbone')
-    if part == 'model' and kind not in SYSTEMS:
+    if part != 'backbone' and kind not in SYSTEMS:
         raise ExportError(
             f'{kind} cannot be exported as a whole; {", ".join(SYSTEMS)} can, and of '
             "other models the part 'backbone'"
@@ -180,7 +157,6 @@ def export(
     shape: tuple[int, int],
     part: str = 'model',
     form: str = 'onnx',
-    opset: int = OPSETS[-1],
     notes: Mapping[str, str] | None = None,
 ) -> Exported:
     """Make a file of a model, with BN folded.
@@ -194,14 +170,13 @@ def export(
         shape: Height and width in pixels to trace and to compare at.
         part: ``'model'`` or ``'backbone'``.
         form: One of ``FORMATS``.
-        opset: Version of the ONNX operators, one of ``OPSETS``.
         notes: Properties to add to those that the file holds, as JSON.
 
     Raises:
-        ValueError: If the model cannot be exported, or an argument is not allowed.
-        ImportError: If a package is missing, or torch is too old.
+        ValueError: If the model cannot be exported, or the shape is too small.
+        ImportError: If torch is too old.
     """
-    check_request(model.cfg, None, part, form, opset)
+    check_request(model.cfg, None, part, form)
     chosen, kind = FORMATS[form], type(model).__name__
     if min(shape) < chosen.smallest:
         raise ValueError(
@@ -211,29 +186,18 @@ def export(
     deployed = copy.deepcopy(model)
     switch_to_deploy(deployed)
     deployed.requires_grad_(False)
-    graph = (backbone if part == 'backbone' else SYSTEMS[kind])(deployed).eval()
-    properties = dict(
-        model=kind,
-        part=part,
-        channel_order=graph.order,
-        value_range=[0, 255],
-        normalized_inside=True,
-        mean=graph.mean.flatten().tolist(),
-        std=graph.std.flatten().tolist(),
-        padded_inside_to=graph.divisor,
-        classes=list(model.dataset_meta.get('classes') or ()),
-        outputs=list(graph.outputs),
-    )
-    properties.update(graph.notes, **(notes or {}))
-    for key, value in properties.items():
-        properties[key] = value if isinstance(value, str) else json.dumps(value)
     # torch.export takes a batch of 1 for one that is always 1.
     example = torch.zeros(2, 3, *shape)
     refusal = refusing(f'{kind} cannot be exported to {form}')
     with refusal, warnings.catch_warnings(), torch.no_grad():
         # They are about shapes that Python compares; verify() tells if they matter.
         warnings.simplefilter('ignore')
-        content = chosen.make(graph, example, properties, opset)
+        build = dict(model=SYSTEMS.get(kind), backbone=backbone)[part]
+        graph = build(deployed).eval()
+        properties = dict(graph.properties, model=kind, part=part, **(notes or {}))
+        for key, value in properties.items():
+            properties[key] = value if isinstance(value, str) else json.dumps(value)
+        content = chosen.make(graph, example, properties)
         run = chosen.open(content)
     return Exported(content, run, graph, shape)
 

@@ -1,8 +1,8 @@
 """The systems that can be exported, as graphs from pixels to results.
 
-``SYSTEMS`` has one function per system. It refuses the settings that its graph does not
-have, and returns the graph with the names of its outputs. A graph has no loop over
-images and no branch on values, so that batch and size of the images stay open.
+``SYSTEMS`` has one function per system, which refuses the settings that its graph does
+not have. A graph has no loop over images and no branch on values, so that batch and
+size of the images stay open.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Graph(nn.Module):
         model: A model of a toolkit.
         compute: Maps model, preprocessed images and their size before padding to the
             outputs.
-        outputs: Their names, each with its open axes and the lengths to be stated.
+        outputs: Their names, each with its open axes.
+        length: That of the second axis of all outputs, if it is to be stated.
         notes: Properties of the file beside those that all files have.
     """
 
@@ -42,12 +43,13 @@ class Graph(nn.Module):
         self,
         model: BaseModel,
         compute: Callable[..., tuple[Tensor, ...]],
-        outputs: dict[str, dict[int, str | int]],
+        outputs: dict[str, dict[int, str]],
+        length: int | None = None,
         **notes,
     ) -> None:
         super().__init__()
         self.model, self.compute = model, compute
-        self.outputs, self.notes = outputs, notes
+        self.outputs, self.length = outputs, length
         settings = model.cfg.model.get('data_preprocessor') or {}
         to_rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')
         self.order = 'RGB' if to_rgb else 'BGR'
@@ -62,6 +64,17 @@ class Graph(nn.Module):
         padding = getattr(given, 'pad_size_divisor', test_cfg.get('size_divisor'))
         self.divisor = padding or 1
         self.pad_value = getattr(given, 'pad_value', getattr(given, 'pad_val', 0))
+        self.properties = dict(
+            channel_order=self.order,
+            value_range=[0, 255],
+            normalized_inside=True,
+            mean=mean.flatten().tolist(),
+            std=std.flatten().tolist(),
+            padded_inside_to=self.divisor,
+            classes=list(model.dataset_meta.get('classes') or ()),
+            outputs=list(outputs),
+            **notes,
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map pixels (N, 3, H, W), from 0 to 255, to the outputs."""
@@ -76,20 +89,26 @@ class Graph(nn.Module):
         return self.compute(self.model, images, size)
 
 
-def _require(name: str, value: object, allowed: object, fits: bool = False) -> None:
-    if not fits and value != allowed:
+def _require(name: str, value: object, allowed: object) -> None:
+    if value != allowed:
         raise ExportError(f'{name} must be {allowed} to be exported, but is {value}')
 
 
 def backbone(model: BaseModel) -> Graph:
     """Export the backbone of any model: ``feature_0`` and so on, (N, C, h, w)."""
     with torch.no_grad():
-        number = len(model.backbone(torch.zeros(1, 3, 128, 128)))
-    axes = [{0: 'batch', 2: f'height_{i}', 3: f'width_{i}'} for i in range(number)]
-    outputs = {f'feature_{i}': one for i, one in enumerate(axes)}
-    given = {k: getattr(model.backbone, k, None) for k in ('strides', 'out_channels')}
-    notes = {k: list(value) for k, value in given.items() if value is not None}
-    graph = Graph(model, lambda backbone, x, size: tuple(backbone(x)), outputs, **notes)
+        maps = model.backbone(torch.zeros(1, 3, 128, 128))
+    outputs = {
+        f'feature_{i}': {0: 'batch', 2: f'height_{i}', 3: f'width_{i}'}
+        for i in range(len(maps))
+    }
+    graph = Graph(
+        model,
+        lambda backbone, images, size: tuple(backbone(images)),
+        outputs,
+        strides=[128 // m.shape[2] for m in maps],
+        out_channels=[m.shape[1] for m in maps],
+    )
     # The file holds no weights of neck and head.
     graph.model = model.backbone
     return graph
@@ -102,8 +121,8 @@ def classifier(model: BaseModel) -> Graph:
     def compute(model, images, size):
         return (model(images, mode='tensor').softmax(dim=1),)
 
-    fits = isinstance(model.head, ClsHead)
-    _require('head', type(model.head).__name__, 'a ClsHead', fits)
+    if not isinstance(model.head, ClsHead):
+        raise ExportError(f'the head {type(model.head).__name__} cannot be exported')
     return Graph(model, compute, dict(scores={0: 'batch'}))
 
 
@@ -122,13 +141,11 @@ def segmentor(model: BaseModel) -> Graph:
         return logits.argmax(dim=1), logits
 
     _require('test_cfg.mode', model.test_cfg.get('mode', 'whole'), 'whole')
-    channels = model.out_channels
-    _require('decode_head.out_channels', channels, 'above 1', channels > 1)
+    if model.out_channels == 1:
+        raise ExportError('a segmentor with one output for two classes has no logits')
     for module in model.modules():
-        if not isinstance(module, Upsample) or module.size:
-            continue
-        # Its own int(side * factor), which is the same for these, fixes the size.
-        if float(module.scale_factor).is_integer():
+        if isinstance(module, Upsample) and not module.size:
+            # Its own int(side * factor) would fix the size.
             options = dict(mode=module.mode, align_corners=module.align_corners)
             options['scale_factor'] = module.scale_factor
             module.forward = partial(F.interpolate, **options)
@@ -151,15 +168,14 @@ def retinanet(model: BaseModel) -> Graph:
     _require('bbox_head.bbox_coder', coder, 'DeltaXYWHBBoxCoder')
     _require('test_cfg.nms.type', cfg.nms.get('type'), 'nms')
     for key in ('nms_pre', 'max_per_img'):
-        value = cfg.get(key, -1)
-        _require(f'test_cfg.{key}', value, 'above 0', value > 0)
+        if cfg.get(key, -1) <= 0:
+            raise ExportError(f'test_cfg.{key} must be above 0, but is {cfg.get(key)}')
     length = min(cfg.max_per_img, head.prior_generator.num_levels * cfg.nms_pre)
-    outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch', 1: length})
-    return Graph(model, _detect, outputs, test_cfg=cfg.to_dict())
+    outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch'})
+    return Graph(model, _detect, outputs, length, test_cfg=cfg.to_dict())
 
 
 def _detect(model: BaseModel, images: Tensor, size: tuple) -> tuple[Tensor, ...]:
-    """Compute what :func:`retinanet` gives."""
     head, cfg = model.bbox_head, model.bbox_head.test_cfg
     logits, deltas = head(model.extract_feat(images))
     anchors = head.prior_generator.grid_priors(

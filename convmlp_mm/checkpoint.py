@@ -17,15 +17,15 @@ import os
 import os.path as osp
 import pickle
 import re
-import types
 import urllib.request
 import uuid
 import zipfile
+from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
+from types import MappingProxyType, ModuleType
 from typing import BinaryIO
 from urllib.parse import urlparse
 
@@ -35,7 +35,6 @@ from mmengine import fileio
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.logging.history_buffer import HistoryBuffer
-from mmengine.utils import digit_version
 from torch import Tensor, nn
 
 # The authors' server, and the variable that names a folder with their files.
@@ -51,7 +50,8 @@ LEFTOVER = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')
 
 # The toolkits' name of a backbone, and the tops of this one's published names.
 BACKBONE = 'backbone.'
-BACKBONE_PREFIXES = ('tokenizer.', 'conv_stages.', 'stages.')
+TOKENIZER = 'tokenizer.'
+BACKBONE_PREFIXES = (TOKENIZER, 'conv_stages.', 'stages.')
 # The part of a published classifier beyond the feature extractor, and mmpretrain's name
 # of that head.
 HEAD_PREFIXES = ('head.', 'norm.')
@@ -139,13 +139,6 @@ def hash_file(path: str | os.PathLike) -> str:
 
 # Kinds of numbers, as numpy writes them.
 NUMBERS = ['b1', 'i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f2', 'f4', 'f8']
-# Written in C: a pickle can set no attribute of them.
-FIXED = {
-    'builtins.slice': slice,
-    'collections.OrderedDict': OrderedDict,
-    'numpy.ndarray': np.ndarray,
-    'torch.Size': torch.Size,
-}
 
 
 def _dtype(kind: str, *_) -> np.dtype:
@@ -156,64 +149,60 @@ def _dtype(kind: str, *_) -> np.dtype:
     return np.dtype(kind)
 
 
-def _allowed_globals() -> dict[str, object]:
-    """List what tensors and the Runner's own records are made by, by its name."""
-    allowed = {
-        **FIXED,
-        # The statistics of a HistoryBuffer, which are not taken from the file.
-        'builtins.getattr': lambda owner, name: None,
-        f'{HistoryBuffer.__module__}.HistoryBuffer': HistoryBuffer,
-        # Milestones of a MultiStepLR.
-        'collections.Counter': Counter,
-        '_codecs.encode': codecs.encode,
-        'numpy.dtype': _dtype,
-    }
-    # The functions that numpy and torch name when they are pickled.
-    for value in (np.empty(0), np.float64(0)):
-        function = value.__reduce__()[0]
-        for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-            allowed[f'{module}.{function.__name__}'] = function
-    for value in (torch.empty(0), nn.Parameter(torch.empty(0))):
-        function = value.__reduce_ex__(2)[0]
-        allowed[f'{function.__module__}.{function.__name__}'] = function
-    for kind in (type(np.dtype(number)) for number in NUMBERS):
-        allowed[f'{kind.__module__}.{kind.__name__}'] = kind
-    return allowed
+class _Log(HistoryBuffer):
+    """Takes the numbers of a log alone: its methods would be those of all logs."""
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({**state, 'statistics_methods': {}})
+        self.__class__ = HistoryBuffer
 
 
-class _Skipped:
-    """Stands for an object that is left out, whatever a pickle does to it."""
-
-    def __init__(self, *args, **kwargs) -> None: ...
-
-    __setstate__ = __setitem__ = append = extend = add = __init__
+# Classes that a pickle makes objects of: the logs, and the options that timm saves.
+CLASSES = {
+    f'{HistoryBuffer.__module__}.HistoryBuffer': _Log,
+    'argparse.Namespace': Namespace,
+}
+# Functions that a pickle calls, by the names that it has for them.
+FUNCTIONS = {
+    'builtins.slice': slice,
+    # The methods of a log.
+    'builtins.getattr': lambda owner, name: None,
+    # Milestones of a MultiStepLR.
+    'collections.Counter': Counter,
+    'collections.OrderedDict': OrderedDict,
+    '_codecs.encode': codecs.encode,
+    'numpy.dtype': _dtype,
+    'torch.Size': torch.Size,
+}
+# The functions that numpy and torch name when they are pickled.
+for _value in (np.empty(0), np.float64(0), torch.empty(0), nn.Parameter()):
+    _function = _value.__reduce_ex__(2)[0]
+    _module = _function.__module__.replace('numpy._core', 'numpy.core')
+    FUNCTIONS[f'{_module}.{_function.__name__}'] = _function
 
 
 class _Unpickler(pickle.Unpickler):
-    """Stands in for torch's own, which before 2.6 has a closed list of what is allowed.
+    """Stands in for torch's own, which differs from version to version.
 
-    It can also leave out what is not allowed.
+    Before 2.6 its list of what is allowed is closed, and up to 2.8 at least it lets a
+    tensor reach beyond its entry of the archive.
     """
 
-    # Bytes of each entry of the archive; names of what was left out, if it may be.
+    # Bytes of each entry of the archive.
     sizes: Mapping[str, int] = {}
-    skipped: list[str] | None = None
 
     def find_class(self, module: str, name: str) -> object:
         # torch.save writes the names of Python 2.
         key = f'{module.replace("__builtin__", "builtins")}.{name}'
-        allowed = _allowed_globals()
-        if key in FIXED:
-            return FIXED[key]
-        if key not in allowed:
-            if self.skipped is None:
-                raise pickle.UnpicklingError(f'WeightsUnpickler error: {key}')
-            self.skipped.append(key)
-            return type(name, (_Skipped,), {})
+        key = key.replace('numpy._core', 'numpy.core')
+        if key == 'numpy.ndarray':
+            return np.ndarray
         # A pickle can set attributes of what it gets, so it gets a copy.
-        if allowed[key] is HistoryBuffer:
-            return type(name, (), {'__new__': lambda *_: HistoryBuffer()})
-        return partial(allowed[key])
+        if key in CLASSES:
+            return type(name, (CLASSES[key],), {})
+        if key in FUNCTIONS:
+            return partial(FUNCTIONS[key])
+        raise pickle.UnpicklingError(key)
 
     def __setattr__(self, name: str, value: object) -> None:
         # torch sets the function that finds a storage.
@@ -222,7 +211,7 @@ class _Unpickler(pickle.Unpickler):
         super().__setattr__(name, value)
 
     def _load_storage(self, load: Callable, key: tuple) -> object:
-        """Refuse what torch before 2.6 does not: source code, and too long storages."""
+        """Refuse what torch does not: source code, and storages that are too long."""
         if key[0] not in ('storage', b'storage'):
             raise pickle.UnpicklingError(f'{key[0]!r} in place of a storage')
         size = self.sizes.get(f'data/{key[2]}')
@@ -255,12 +244,7 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
     return sizes
 
 
-def _load_safely(
-    file: BinaryIO,
-    path: str,
-    map_location: str | torch.device,
-    skipped: list[str] | None,
-) -> object:
+def _load_safely(file: BinaryIO, path: str, map_location: str | torch.device) -> object:
     if path.endswith('.safetensors'):
         # timm and Hugging Face write such files; timm brings the reader.
         from safetensors.torch import load
@@ -271,126 +255,56 @@ def _load_safely(
     if not sizes:
         # A file of the disk would also be tried as a tar archive, and unpacked.
         file = io.BytesIO(file.read())
-    # Up to 2.8 at least, torch's own reader lets a tensor reach beyond its entry.
-    checks_sizes = digit_version(torch.__version__) >= digit_version('2.12')
-    if skipped is None and checks_sizes:
-        allowed = [(value, key) for key, value in _allowed_globals().items()]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location=map_location, weights_only=True)
-    module = types.ModuleType('restricted_pickle')
-    members = dict(sizes=sizes, skipped=skipped)
-    module.Unpickler = type('Unpickler', (_Unpickler,), members)
+    module = ModuleType('restricted_pickle')
+    module.Unpickler = type('Unpickler', (_Unpickler,), dict(sizes=sizes))
     module.load = lambda file, **kwargs: module.Unpickler(file, **kwargs).load()
     return torch.load(
         file, map_location=map_location, pickle_module=module, weights_only=False
     )
 
 
-def _say_why(error: Exception) -> str:
-    """Name the object in question, which torch puts into the middle of much advice."""
-    _, forbidden, text = str(error).rpartition('WeightsUnpickler error:')
-    lines = [line.strip() for line in text.splitlines()]
-    # The advice is to load the object all the same.
-    lines = [line for line in lines if line and 'weights_only' not in line]
-    reason = lines[0] if lines else type(error).__name__
-    reason = reason.removeprefix('Unsupported global: GLOBAL ')
-    reason = re.split(r' was not an allowed|[.,]? Please', reason)[0]
-    if forbidden:
-        reason += '; tools/convert_weights.py takes the tensors alone'
-    return reason
-
-
 def _open(
-    source: str | BinaryIO,
-    name: str,
-    map_location: str | torch.device,
-    skipped: list[str] | None = None,
+    source: str | BinaryIO, name: str, map_location: str | torch.device = 'cpu'
 ) -> dict:
     """Read a file, and say of what is wrong with it what a user can use."""
-    # All logs share this dict, and one that is unpickled brings entries for it.
-    shared = HistoryBuffer().__getstate__()['statistics_methods']
-    statistics = dict(shared)
     path = source if isinstance(source, str) else urlparse(name).path
     with open(source, 'rb') if isinstance(source, str) else source as file:
         try:
-            checkpoint = _load_safely(file, path, map_location, skipped)
+            checkpoint = _load_safely(file, path, map_location)
         except ImportError:
             raise
         # Unpickling damaged bytes can raise any exception.
         except Exception as error:
+            reason = str(error).strip() or type(error).__name__
             raise CheckpointError(
                 f'checkpoint {name!r} is not a file of plain weights, is cut short, '
-                f'or holds objects that are not allowed: {_say_why(error)}'
+                f'or holds objects that are not allowed: {reason.splitlines()[0]}'
             ) from error
-        finally:
-            shared.clear()
-            shared.update(statistics)
     check_content(checkpoint, name)
     return checkpoint
 
 
 def check_content(checkpoint: object, name: str) -> None:
     """Raise a CheckpointError if a part of a checkpoint is no dict with names."""
-    parts, wanted = [('', checkpoint)], f'checkpoint {name!r} must hold a dict'
+    parts = {'': checkpoint}
     if isinstance(checkpoint, Mapping):
         keys = ('state_dict', 'ema_state_dict', 'meta', 'message_hub')
-        parts += [(f' as {key}', checkpoint.get(key)) for key in keys]
+        parts.update({f' as {key}': checkpoint.get(key) for key in keys})
         # timm may keep the name of a model here.
         if isinstance(checkpoint.get('model'), Mapping):
-            parts.append((' as model', checkpoint['model']))
+            parts[' as model'] = checkpoint['model']
         if isinstance(checkpoint.get('meta'), Mapping):
-            meta = checkpoint['meta'].get('dataset_meta')
-            parts.append((' as meta.dataset_meta', meta))
-    for where, part in parts:
+            parts[' as meta.dataset_meta'] = checkpoint['meta'].get('dataset_meta')
+    for where, part in parts.items():
         if part is None and where:
             continue
         if not isinstance(part, Mapping):
-            kind = type(part).__name__
-            raise CheckpointError(f'{wanted}{where}, but holds a {kind}')
-        for key in part:
-            if not isinstance(key, str):
-                raise CheckpointError(
-                    f'{wanted} with names{where}, but one of its keys is {key!r}'
-                )
-
-
-def _check_hash(path: str, url: str, content: bytes | None = None) -> None:
-    """Compare the SHA-256 of a file or its content with the one in its URL, if any."""
-    found = HASH_IN_NAME.search(urlparse(url).path)
-    if found is None:
-        return
-    digest = hash_file(path) if content is None else hashlib.sha256(content).hexdigest()
-    if not digest.startswith(found[1]):
-        raise ValueError(
-            f'{path!r}, which is to be {url}, has the SHA-256 {digest}, but '
-            f'{found[1]} is expected: it is damaged or another file'
-        )
-
-
-def _download(url: str) -> str:
-    """Return the path of ``url`` in torch hub's cache, fetching it once.
-
-    Names begin with the hash of the URL: many servers have a ``model.pth``. With a
-    mirror, it is the path in that of what comes after ``ROOT``.
-    """
-    mirror = os.environ.get(MIRROR)
-    if mirror and url.startswith(ROOT):
-        path = osp.join(mirror, url.removeprefix(ROOT))
-        if not osp.isfile(path):
-            raise FileNotFoundError(
-                f'checkpoint {path!r} does not exist ({MIRROR} is set, which stands '
-                f'in for {ROOT})'
-            )
-    else:
-        name = osp.basename(urlparse(url).path)
-        if not name:
-            raise ValueError(f'{url} names a folder, not the file of a checkpoint')
-        name = f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}'
-        path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
-        if not osp.exists(path):
-            _fetch(url, path)
-    _check_hash(path, url)
-    return path
+            problem = f'a dict{where}, but holds a {type(part).__name__}'
+        elif others := [key for key in part if not isinstance(key, str)]:
+            problem = f'a dict with names{where}, but one of its keys is {others[0]!r}'
+        else:
+            continue
+        raise CheckpointError(f'checkpoint {name!r} must hold {problem}')
 
 
 def _fetch(url: str, path: str) -> None:
@@ -404,9 +318,15 @@ def _fetch(url: str, path: str) -> None:
     except (OSError, HTTPException) as error:
         way = f'; {MIRROR} can name a folder that has it' * url.startswith(ROOT)
         raise OSError(f'cannot fetch {url}: {error}{way}') from error
-    _check_hash(path, url, content)
+    expected = HASH_IN_NAME.search(urlparse(url).path)
+    digest = hashlib.sha256(content).hexdigest()
+    if expected and not digest.startswith(expected[1]):
+        raise ValueError(
+            f'{url} has the SHA-256 {digest}, but {expected[1]} is expected: it is '
+            'damaged or another file'
+        )
     # A connection that breaks off early need not be an error for urllib.
-    _open(io.BytesIO(content), url, 'cpu')
+    _open(io.BytesIO(content), url)
     write_file(path, content, overwrite=True)
 
 
@@ -416,24 +336,37 @@ def locate_checkpoint(filename: str | os.PathLike) -> str:
     The argument and the errors are those of :func:`read_checkpoint`.
     """
     filename = osp.expanduser(os.fspath(filename))
-    if filename.startswith(('http://', 'https://')):
-        # One process fetches, and the others find the file if they share its disk.
-        try:
-            if is_main_process():
-                _download(filename)
-        finally:
-            # Nobody may wait for a process that has failed.
-            barrier()
+    is_url = filename.startswith(('http://', 'https://'))
+    mirror = os.environ.get(MIRROR)
+    if is_url and not (mirror and filename.startswith(ROOT)):
         return _download(filename)
-    if '://' not in filename and not osp.isfile(filename):
-        raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
-    return filename
+    path = osp.join(mirror, filename.removeprefix(ROOT)) if is_url else filename
+    if '://' not in path and not osp.isfile(path):
+        note = f' ({MIRROR} is set, which stands in for {ROOT})' * is_url
+        raise FileNotFoundError(f'checkpoint {path!r} does not exist{note}')
+    return path
+
+
+def _download(url: str) -> str:
+    """Return the path of ``url`` in torch hub's cache, fetching it once."""
+    # Many servers have a model.pth.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    name = f'{digest}-{osp.basename(urlparse(url).path)}'
+    path = osp.join(torch.hub.get_dir(), 'checkpoints', name)
+    # One process fetches, and the others find the file if they share its disk.
+    try:
+        if is_main_process() and not osp.exists(path):
+            _fetch(url, path)
+    finally:
+        # Nobody may wait for a process that has failed.
+        barrier()
+    if not osp.exists(path):
+        _fetch(url, path)
+    return path
 
 
 def read_checkpoint(
-    filename: str | os.PathLike,
-    map_location: str | torch.device = 'cpu',
-    skipped: list[str] | None = None,
+    filename: str | os.PathLike, map_location: str | torch.device = 'cpu'
 ) -> dict:
     """Read a checkpoint without running code that it may carry.
 
@@ -443,8 +376,6 @@ def read_checkpoint(
             environment variable ``CONVMLP_WEIGHTS`` names stands in for the authors'
             server.
         map_location: Where the tensors go.
-        skipped: A list that takes the classes of what is left out, which is all but
-            tensors and the Runner's own records. Without it they are an error.
 
     Raises:
         OSError: If there is no such file, or a URL cannot be fetched.
@@ -458,7 +389,7 @@ def read_checkpoint(
     source = locate_checkpoint(filename)
     if '://' in source:
         source = io.BytesIO(fileio.get(filename))
-    return _open(source, filename, map_location, skipped)
+    return _open(source, filename, map_location)
 
 
 def dump_checkpoint(checkpoint: Mapping) -> bytes:
@@ -493,40 +424,20 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
 # Names: where a checkpoint keeps its tensors, and what the toolkits call them.
 
 
-def _tensors(content: object) -> dict[str, Tensor]:
-    items = content.items() if isinstance(content, Mapping) else ()
-    return {key: value for key, value in items if isinstance(value, Tensor)}
-
-
-def _taken(checkpoint: Mapping) -> str | None:
-    """Return the key that the tensors are under; None in a state dict itself."""
-    keys = ('state_dict', 'model')
-    return next((k for k in keys if isinstance(checkpoint.get(k), Mapping)), None)
-
-
-def tensors_of(checkpoint: Mapping) -> dict[str, Tensor]:
-    """Pick the tensors under ``state_dict`` or ``model``, or of a state dict itself."""
-    return _tensors(checkpoint.get(_taken(checkpoint), checkpoint))
-
-
-def say_taken(checkpoint: Mapping) -> str:
-    """Say, to end a message, which one of several sets of tensors is taken."""
-    taken = _taken(checkpoint)
-    others = [k for k, v in checkpoint.items() if k != taken and _tensors(v)]
-    return f', taken from {taken!r}, not from {some_of(others)}' if others else ''
+def _tensors(content: Mapping) -> dict[str, Tensor]:
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def without_module(checkpoint: Mapping) -> dict[str, Tensor]:
     """Pick the tensors of a checkpoint, without ``module.``, the prefix of DDP.
 
-    Raises:
-        ValueError: If a tensor stands there with the prefix and without.
+    They lie under ``state_dict`` or ``model``, or it is a state dict itself.
     """
-    state_dict = tensors_of(checkpoint)
-    found = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    if len(found) < len(state_dict):
-        raise ValueError('tensors stand twice in the checkpoint, with "module." before')
-    return found
+    for key in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    return {k.removeprefix('module.'): v for k, v in _tensors(checkpoint).items()}
 
 
 def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -536,7 +447,7 @@ def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
     ``backbone.``, and a classifier's head the name that mmpretrain gives it.
     """
     found = without_module(checkpoint)
-    if not any(key.startswith(BACKBONE_PREFIXES) for key in found):
+    if not any(key.startswith(TOKENIZER) for key in found):
         return found
 
     def rename(key: str) -> str:
@@ -544,26 +455,6 @@ def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
         return BACKBONE + key if head == key else CLASSIFIER_HEAD + head
 
     return {rename(key): value for key, value in found.items()}
-
-
-def _extract_backbone(checkpoint: Mapping, prefix: str | None) -> dict[str, Tensor]:
-    """Pick the backbone's tensors, and what stands beside them, by published names."""
-    state_dict = tensors_of(checkpoint)
-    if prefix is None:
-        prefix = ''
-        for known in ('module.backbone.', BACKBONE, 'module.', ''):
-            tops = tuple(known + top for top in BACKBONE_PREFIXES)
-            if any(key.startswith(tops) for key in state_dict):
-                prefix = known
-    elif prefix and not prefix.endswith('.'):
-        prefix += '.'
-    found = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    if not found:
-        raise ValueError(
-            f'no tensor in the checkpoint has the prefix {prefix!r}; there are '
-            f'{some_of(state_dict) or "no tensors"}'
-        )
-    return found
 
 
 # Values: what cannot be weights, whatever its name and shape are.
@@ -607,24 +498,25 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
 def _list_problems(
     found: Mapping[str, Tensor],
     dtypes: Mapping[str, torch.dtype],
-    problems: Mapping[str, Collection[str]],
+    problems: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> str:
     """Add to the problems of names those of values that are no weights, and list all.
 
     ``dtypes`` says what tensors are to become, as far as that is known.
     """
     plain = {key: value for key, value in found.items() if _is_plain(value)}
-    known = {key: value for key, value in plain.items() if key in dtypes}
     kinds = [
         f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
-        for key, value in known.items()
-        if _kind(value.dtype) != _kind(dtypes[key])
+        for key, value in plain.items()
+        if key in dtypes and _kind(value.dtype) != _kind(dtypes[key])
     ]
     # Too large a number becomes Inf where there is less room for it.
     narrow = {
         key: value.to(dtypes[key])
-        for key, value in known.items()
-        if value.is_floating_point() and value.itemsize > dtypes[key].itemsize
+        for key, value in plain.items()
+        if key in dtypes
+        and value.is_floating_point()
+        and value.itemsize > dtypes[key].itemsize
     }
     problems = {
         **problems,
@@ -632,8 +524,11 @@ def _list_problems(
         'of another kind of numbers': kinds,
         'with NaN or Inf': list(find_not_finite({**plain, **narrow})),
     }
-    texts = ((len(names), what, some_of(names)) for what, names in problems.items())
-    return '; '.join(f'{n} {what}: {names}' for n, what, names in texts if n)
+    return '; '.join(
+        f'{len(names)} {what}: {some_of(names)}'
+        for what, names in problems.items()
+        if names
+    )
 
 
 def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
@@ -646,7 +541,7 @@ def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
     tops = tuple(BACKBONE + top for top in BACKBONE_PREFIXES)
     names = [key for key in found if key.startswith(tops)]
     dtypes = {k: torch.int64 if k.endswith(COUNTER) else torch.float64 for k in names}
-    if problems := _list_problems(found, dtypes, {}):
+    if problems := _list_problems(found, dtypes):
         raise CheckpointError(
             f'checkpoint {os.fspath(name)!r} cannot be used: {problems}'
         )
@@ -655,73 +550,47 @@ def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
 # Matching: which tensors of a file are those of a model.
 
 
-@dataclass
-class Match:
-    """How the tensors of a file and those of a model go together.
+def _fit(
+    found: Mapping[str, Tensor],
+    model: nn.Module,
+    name: str,
+    excuse: Callable[[str, str], str | None],
+) -> tuple[dict[str, Tensor], str]:
+    """Keep the tensors that a model has, and say in one line how many these are.
 
-    Attributes:
-        loaded: Tensors that both have, with the same shape.
-        missing: Names that only the model has, but for the counters of BN.
-        misshapen: Names of both whose shapes differ, with the shapes.
-        unknown: Names that only the file has.
-        skipped: Names that the caller lets through, by the reason.
+    ``excuse`` takes what is wrong with a name, and the name, and returns why that is
+    let through, which goes into the line; or None, which is an error.
     """
-
-    loaded: dict[str, Tensor]
-    missing: list[str]
-    misshapen: dict[str, str]
-    unknown: list[str]
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-
-    def skip(self, reason: str, names: list[str]) -> None:
-        """Take names out of what is wrong, for a reason that the message will give."""
-        self.skipped[reason] = names
-        self.missing = [key for key in self.missing if key not in names]
-        self.unknown = [key for key in self.unknown if key not in names]
-        self.misshapen = {k: v for k, v in self.misshapen.items() if k not in names}
-
-
-def match(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Match:
-    """Compare the names and shapes of a file's tensors with those of a model."""
-    misshapen = {
+    expected, kind = _tensors(model.state_dict()), type(model).__name__
+    shapes = {
         key: f'{key} ({tuple(found[key].shape)} in the file, {tuple(value.shape)} here)'
         for key, value in expected.items()
         if key in found and _is_plain(found[key]) and found[key].shape != value.shape
     }
-    return Match(
-        loaded={k: found[k] for k in expected if k in found and k not in misshapen},
-        missing=[k for k in expected if k not in found and not k.endswith(COUNTER)],
-        misshapen=misshapen,
-        unknown=[key for key in found if key not in expected],
-    )
-
-
-def explain(
-    result: Match, found: Mapping[str, Tensor], model: nn.Module, name: str
-) -> str:
-    """Say in one line how many of the tensors found fit, and what was skipped.
-
-    Raises:
-        CheckpointError: If anything else differs, or a tensor is no weight; with the
-            architectures of both, if these can be read off the file.
-    """
-    expected, kind = model.state_dict(), type(model).__name__
-    dtypes = {key: expected[key].dtype for key in result.loaded}
     wrong = {
-        'missing': result.missing,
-        'of another shape': result.misshapen.values(),
-        'unknown': result.unknown,
+        'missing': [k for k in expected if k not in found and not k.endswith(COUNTER)],
+        'of another shape': list(shapes),
+        'unknown': [key for key in found if key not in expected],
     }
-    if problems := _list_problems(result.loaded, dtypes, wrong):
+    errors, skipped = {}, {}
+    for what, names in wrong.items():
+        reasons = {key: excuse(what, key) for key in names}
+        errors[what] = [shapes.get(k, k) for k, reason in reasons.items() if not reason]
+        for key, reason in reasons.items():
+            if reason:
+                skipped.setdefault(reason, []).append(key)
+    loaded = {k: found[k] for k in expected if k in found and k not in shapes}
+    dtypes = {key: expected[key].dtype for key in loaded}
+    if problems := _list_problems(loaded, dtypes, errors):
         raise CheckpointError(
             f'checkpoint {name!r} does not fit this {kind}; of its {len(expected)} '
             f'tensors and the {len(found)} in the file, {problems}'
             f'{_explain_arch(model, found)}'
         )
-    message = f'{kind}: loaded {len(dtypes)} of {len(expected)} tensors from {name}'
-    converted = {v.dtype for k, v in result.loaded.items() if v.dtype != dtypes[k]}
-    parts = {'converted from': sorted(map(str, converted)), **result.skipped}
-    return message + ''.join(
+    converted = {str(v.dtype) for k, v in loaded.items() if v.dtype != dtypes[k]}
+    parts = {'converted from': sorted(converted), **skipped}
+    message = f'{kind}: loaded {len(loaded)} of {len(expected)} tensors from {name}'
+    return loaded, message + ''.join(
         f', {reason} {some_of(names)}' for reason, names in parts.items() if names
     )
 
@@ -737,28 +606,36 @@ def load_backbone_weights(
     Args:
         model: The backbone.
         checkpoint: See :func:`read_checkpoint`.
-        prefix: What the backbone's names begin with. By default it is found: none,
-            ``'backbone.'``, either of them behind ``'module.'``.
+        prefix: What stands before the names of a model; ``'module.'`` and
+            ``'backbone.'`` are found without it.
         map_location: See :func:`read_checkpoint`.
 
     Returns:
-        The line of :func:`explain`.
+        A line that says how many tensors were loaded, and which were skipped.
 
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If a tensor of the backbone is missing, of another shape or
-            kind of numbers, or not finite; if one in the file belongs neither to the
-            backbone nor to a classifier's head.
+            kind of numbers, or not finite; or if one in the file is unknown.
     """
-    content = read_checkpoint(checkpoint, map_location)
-    found = _extract_backbone(content, prefix)
+    found = without_module(read_checkpoint(checkpoint, map_location))
+    if prefix:
+        prefix = f'{prefix.rstrip(".")}.'.removeprefix('module.')
+        found = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
+    found = name_as_model(found)
+    mine = [key for key in found if key.startswith(BACKBONE)]
+    # Those of another model are named as they are.
+    found = {key.removeprefix(BACKBONE): found[key] for key in mine or found}
     built = model.state_dict()
-    result = match(found, built)
-    result.skip('skipped', [k for k in result.unknown if _is_expected_extra(k, built)])
-    message = explain(result, found, model, os.fspath(checkpoint))
+
+    def excuse(what: str, key: str) -> str | None:
+        extra = what == 'unknown' and _is_expected_extra(key, built)
+        return 'skipped' if extra else None
+
+    loaded, message = _fit(found, model, os.fspath(checkpoint), excuse)
     # Only what has been let through may be missing, so this is not strict.
-    model.load_state_dict(result.loaded, strict=False)
-    return message + say_taken(content)
+    model.load_state_dict(loaded, strict=False)
+    return message
 
 
 def fit_checkpoint(
@@ -784,33 +661,31 @@ def fit_checkpoint(
         exact: Whether nothing may be skipped, as when a run is resumed.
 
     Returns:
-        The tensors that fit, and the line of :func:`explain`.
+        The tensors that fit, and a line that says how many, and which were skipped.
 
     Raises:
         CheckpointError: If a tensor of the backbone is missing, unknown, of another
             shape or kind of numbers, or not finite, and without ``partial`` if any
             is missing. The message names them and the architecture of the file.
     """
-    expected = _tensors(model.state_dict())
-    is_convmlp = f'{BACKBONE}tokenizer.block.0.weight' in expected
-    # The names of another backbone may begin as the published ones do.
-    found = name_as_model(checkpoint) if is_convmlp else without_module(checkpoint)
-    result = match(found, expected)
-    if not exact:
-        extra = [k for k in result.unknown if _is_expected_extra(k, expected, BACKBONE)]
-        result.skip('skipped', extra)
-    if skip_heads and not exact:
-        heads = [k for k in result.misshapen if 'head' in k and _is_other(k)]
-        heads = [k for k in heads if found[k].shape[1:] == expected[k].shape[1:]]
-        result.skip('skipped for another number of classes', heads)
-    if partial:
-        result.skip('not in the file', list(filter(_is_other, result.missing)))
-    message = explain(result, found, model, os.fspath(name))
-    return result.loaded, message + say_taken(checkpoint)
+    expected = model.state_dict()
+    found = name_as_model(checkpoint)
 
+    def excuse(what: str, key: str) -> str | None:
+        if exact:
+            return None
+        if what == 'unknown' and _is_expected_extra(key, expected, BACKBONE):
+            return 'skipped'
+        if key.startswith(BACKBONE):
+            return None
+        if what == 'missing' and partial:
+            return 'not in the file'
+        if what == 'of another shape' and skip_heads and 'head' in key:
+            same_input = found[key].shape[1:] == expected[key].shape[1:]
+            return 'skipped for another number of classes' if same_input else None
+        return None
 
-def _is_other(key: str) -> bool:
-    return not key.startswith(BACKBONE)
+    return _fit(found, model, os.fspath(name), excuse)
 
 
 def _is_expected_extra(key: str, built: Iterable[str], prefix: str = '') -> bool:
@@ -824,71 +699,21 @@ def _is_expected_extra(key: str, built: Iterable[str], prefix: str = '') -> bool
     return name.startswith(BACKBONE_PREFIXES) and not is_built
 
 
-def describe_arch(found: Mapping[str, Tensor]) -> dict | None:
-    """Read the architecture off the backbone's tensors, by their published names.
-
-    It is as the values of ``ConvMLP.arch_settings``; None if the tensors are not those
-    of a ConvMLP with its conv stage.
-    """
-
-    def count(pattern: str) -> int:
-        return len({m.group() for key in found if (m := re.match(pattern, key))})
-
-    stages = range(count(r'stages\.\d+\.'))
-    try:
-        norms = [found[f'stages.{i}.blocks.0.norm1.weight'] for i in stages]
-        layers = [found[f'stages.{i}.blocks.0.channel_mlp1.fc1.weight'] for i in stages]
-        return dict(
-            tokenizer_channels=len(found['tokenizer.block.6.weight']),
-            conv_blocks=count(r'conv_stages\.conv_blocks\.\d+\.'),
-            channels=tuple(len(norm) for norm in norms),
-            depths=tuple(count(rf'stages\.{i}\.blocks\.\d+\.') for i in stages),
-            mlp_ratios=tuple(len(layer) / layer.shape[1] for layer in layers),
-        )
-    except (IndexError, KeyError, TypeError):
-        return None
-
-
-def _read_switches(names: Iterable[str]) -> dict[str, bool]:
-    """Read off the names of a backbone's tensors which of its parts are there."""
-    text = ' '.join(names)
-    on_and_off = {
-        'conv_stage': ('conv_stages.conv_blocks.', 'conv_stages.blocks.'),
-        'conv_downsample': ('downsample_mlp.downsample.', 'downsample_mlp.reduction.'),
-    }
-    has = {key: [part in text for part in on_and_off[key]] for key in on_and_off}
-    found = {key: on for key, (on, off) in has.items() if on != off}
-    return found | {'depthwise_conv': '.connect.' in text}
-
-
 def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
-    """Name both architectures and settings, if they are not the same."""
+    """Name the architectures of file and model, if the former is a known one."""
     backbone = getattr(model, 'backbone', model)
-    if backbone is not model:
-        mine = [key for key in found if key.startswith(BACKBONE)]
-        found = {key.removeprefix(BACKBONE): found[key] for key in mine}
-    there, here = describe_arch(found), getattr(backbone, 'arch', None)
-    if there is None or here is None:
+    shapes = {key.removeprefix(BACKBONE): value.shape for key, value in found.items()}
+    configured, of_file = 'a custom ConvMLP', None
+    for name, arch in getattr(backbone, 'arch_settings', {}).items():
+        with torch.device('meta'):
+            built = type(backbone)(name).state_dict()
+        if all(shapes.get(key) == value.shape for key, value in built.items()):
+            of_file = f'ConvMLP-{name.upper()}'
+        if arch == backbone.arch:
+            configured = f'ConvMLP-{name.upper()}'
+    if of_file in (None, configured):
         return ''
-    built, switches = _read_switches(backbone.state_dict()), _read_switches(found)
-    switches = {k: on for k, on in switches.items() if built.get(k, on) != on}
-    if 'conv_stage' in switches:
-        # The tensors do not tell how many blocks the other has.
-        there['conv_blocks'] = here['conv_blocks']
-    pairs = {f'{key}={on}': f'{key}={not on}' for key, on in switches.items()}
-    if there != here:
-        names = {_name_arch(backbone, there): _name_arch(backbone, here)}
-        pairs = {**names, **pairs}
-    if not pairs:
-        return ''
-    of_file, configured = ', '.join(pairs), ', '.join(pairs.values())
     return f'. The file is {of_file}; the configuration says {configured}'
-
-
-def _name_arch(backbone: nn.Module, arch: Mapping) -> str:
-    names = (k for k, v in backbone.arch_settings.items() if v == arch)
-    name = next(names, None)
-    return f'ConvMLP-{name.upper()}' if name else f'a custom ConvMLP ({arch})'
 
 
 # Converting between the authors' files and the layout of today's toolkits.
@@ -905,7 +730,7 @@ def to_mm_layout(checkpoint: Mapping) -> dict:
         ValueError: If there is no ConvMLP in the checkpoint.
     """
     state_dict = _convmlp_model(checkpoint)
-    meta = _plain_meta(checkpoint)
+    meta = dict(checkpoint.get('meta') or {})
     found = {key: meta.pop(key.upper(), None) for key in DATASET_META}
     if dataset_meta := {key: value for key, value in found.items() if value}:
         meta.setdefault('dataset_meta', dataset_meta)
@@ -926,8 +751,8 @@ def to_published_layout(checkpoint: Mapping) -> dict:
             key.replace(CLASSIFIER_HEAD, 'head.').removeprefix(BACKBONE): value
             for key, value in state_dict.items()
         }
-    meta = _plain_meta(checkpoint)
-    for key, value in meta.pop('dataset_meta', {}).items():
+    meta = dict(checkpoint.get('meta') or {})
+    for key, value in (meta.pop('dataset_meta', None) or {}).items():
         if key.lower() in DATASET_META:
             meta.setdefault(key.upper(), value)
     return dict(state_dict=state_dict, meta=meta)
@@ -935,23 +760,9 @@ def to_published_layout(checkpoint: Mapping) -> dict:
 
 def _convmlp_model(checkpoint: Mapping) -> dict[str, Tensor]:
     state_dict = name_as_model(checkpoint)
-    if not any(key.startswith(BACKBONE + BACKBONE_PREFIXES[0]) for key in state_dict):
+    if not any(key.startswith(BACKBONE + TOKENIZER) for key in state_dict):
         raise ValueError(
             'there is no ConvMLP among the tensors, which are '
             + (some_of(state_dict) or 'none')
         )
     return state_dict
-
-
-def _plain_meta(checkpoint: Mapping) -> dict:
-    """Keep what a file of weights can hold: text, numbers and lists of them."""
-
-    def is_plain(value: object) -> bool:
-        if isinstance(value, Mapping):
-            return is_plain(list(value.keys())) and is_plain(list(value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(is_plain, value))
-        return value is None or type(value) in (str, int, float, bool)
-
-    meta = checkpoint.get('meta') or {}
-    return {key: value for key, value in meta.items() if is_plain(value)}

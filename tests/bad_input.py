@@ -1,6 +1,5 @@
 """What users get wrong: the table of test_bad_input.py."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -326,8 +325,6 @@ CHECKPOINTS = [
          dict(state_dict=[torch.ones(1)])),
         ('list of records', ['a dict as meta, but holds a list'],
          dict(state_dict={}, meta=[1])),
-        ('options of timm', ['argparse.Namespace', 'convert_weights.py takes the tens'],
-         dict(state_dict={}, args=argparse.Namespace())),
     )),
 ]
 

@@ -27,9 +27,7 @@ from torch import nn
 from convmlp_mm import ConvMLP, get_model
 from convmlp_mm.checkpoint import (
     ROOT,
-    describe_arch,
     fit_checkpoint,
-    match,
     read_checkpoint,
     to_mm_layout,
     to_published_layout,
@@ -104,14 +102,15 @@ def test_stages_that_are_not_built_are_skipped(published, save, out_indices):
 @pytest.mark.parametrize('key', [None, 'state_dict', 'model'])
 def test_prefix_and_nesting_are_found(published, save, prefix, given, key):
     state = {prefix + k: v for k, v in published.items()}
-    state['neck.lateral_convs.0.conv.weight'] = torch.rand(3)
+    if 'backbone' in prefix:
+        state[prefix.replace('backbone', 'neck') + 'conv.weight'] = torch.rand(3)
     model = build(save({key: state} if key else state), prefix if given else None)
     model.init_weights()
     assert_loaded(model, published)
 
 
 def test_prefix_that_matches_nothing_raises(published, save):
-    with pytest.raises(ValueError, match=r"prefix 'encoder\.'.*tokenizer\.block\.0"):
+    with pytest.raises(ValueError, match=r'the 0 in the file, 81 missing: tokenizer\.block\.0'):
         build(save(published), 'encoder').init_weights()
 
 
@@ -156,34 +155,14 @@ def test_unknown_tensors_are_named(published, save):
         build(save(published)).init_weights()
 
 
-def test_match_compares_names_and_shapes_and_decides_nothing():
-    one, two = torch.zeros(1), torch.zeros(2)
-    result = match(
-        dict(a=one, b=two, c=one), dict(a=one, b=one, d=one, num_batches_tracked=one)
-    )
-    assert result.loaded == dict(a=one)
-    assert list(result.misshapen) == ['b'] and '(2,) in' in result.misshapen['b']
-    assert (result.missing, result.unknown) == (['d'], ['c'])
-    result.skip('left out', ['b', 'c', 'd'])
-    assert not (result.missing or result.unknown or result.misshapen)
-    assert result.skipped == {'left out': ['b', 'c', 'd']}
-
-
 def test_file_of_another_arch_is_refused_and_named(published, save):
-    custom = r"The file is a custom ConvMLP \({'tokenizer_channels': 8.*"
-    with pytest.raises(ValueError, match=custom + 'configuration says ConvMLP-S$'):
+    with pytest.raises(ValueError, match='of another shape: tokenizer'):
         build(save(published), arch='s').init_weights()
     medium = {f'backbone.{k}': v for k, v in ConvMLP('m').state_dict().items()}
-    message = 'The file is ConvMLP-M; the configuration says ConvMLP-L$'
-    with pytest.raises(ValueError, match=message):
-        build(save(dict(state_dict=medium)), arch='l').init_weights()
-
-
-@pytest.mark.parametrize('arch', ['s', 'm', 'l', TINY])
-def test_architecture_is_read_off_the_tensors(arch):
-    model = ConvMLP(arch)
-    assert describe_arch(model.state_dict()) == model.arch
-    assert describe_arch({'layer1.weight': torch.rand(1)}) is None
+    for arch, said in (('l', 'ConvMLP-L'), (TINY, 'a custom ConvMLP')):
+        message = f'The file is ConvMLP-M; the configuration says {said}$'
+        with pytest.raises(ValueError, match=message):
+            build(save(dict(state_dict=medium)), arch=arch).init_weights()
 
 
 def test_missing_counters_of_old_files_are_no_error(published, save):
@@ -309,11 +288,7 @@ def test_download_is_checked_against_the_hash_in_its_name(published, save, serve
     with pytest.raises(ValueError, match=f'SHA-256 {digest}, but 0badc0de is expected'):
         read_checkpoint(f'{url}/{names[False]}')
     assert read_checkpoint(f'{url}/{names[True]}').keys() == published.keys()
-    (cached,) = cache.iterdir()
-    # Somebody else may have written to the cache.
-    cached.write_bytes(b'else')
-    with pytest.raises(ValueError, match='damaged or another file'):
-        read_checkpoint(f'{url}/{names[True]}')
+    assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ import urllib.request
 import uuid
 import zipfile
 from argparse import Namespace
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from http.client import HTTPException
-from types import MappingProxyType, ModuleType
+from types import SimpleNamespace
 from typing import BinaryIO
 from urllib.parse import urlparse
 
@@ -109,13 +109,6 @@ def write_file(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    # The new name survives a loss of power where a file system lets us ask for that.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder or '.', os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:
@@ -137,13 +130,10 @@ def hash_file(path: str | os.PathLike) -> str:
 
 # Reading: a checkpoint is data, and nothing that it names is run.
 
-# Kinds of numbers, as numpy writes them.
-NUMBERS = ['b1', 'i1', 'u1', 'i2', 'u2', 'i4', 'u4', 'i8', 'u8', 'f2', 'f4', 'f8']
-
 
 def _dtype(kind: str, *_) -> np.dtype:
     """Stand in for ``numpy.dtype``, of which other kinds can hold memory addresses."""
-    if kind not in NUMBERS:
+    if not re.fullmatch('b1|[iu][1248]|f[248]', kind):
         raise pickle.UnpicklingError(f'numpy.dtype of {kind!r}')
     # Unlike a copy, it ignores the state that a pickle gives it.
     return np.dtype(kind)
@@ -244,67 +234,52 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
     return sizes
 
 
-def _load_safely(file: BinaryIO, path: str, map_location: str | torch.device) -> object:
-    if path.endswith('.safetensors'):
-        # timm and Hugging Face write such files; timm brings the reader.
-        from safetensors.torch import load
-
-        loaded = load(file.read())
-        return {key: value.to(map_location) for key, value in loaded.items()}
+def _load_safely(file: BinaryIO, map_location: str | torch.device) -> object:
     sizes = _check_archive(file)
     if not sizes:
         # A file of the disk would also be tried as a tar archive, and unpacked.
         file = io.BytesIO(file.read())
-    module = ModuleType('restricted_pickle')
-    module.Unpickler = type('Unpickler', (_Unpickler,), dict(sizes=sizes))
-    module.load = lambda file, **kwargs: module.Unpickler(file, **kwargs).load()
+    unpickler = type('Unpickler', (_Unpickler,), dict(sizes=sizes))
+    module = SimpleNamespace(
+        __name__='safe_pickle',
+        Unpickler=unpickler,
+        load=lambda file, **kwargs: unpickler(file, **kwargs).load(),
+    )
     return torch.load(
         file, map_location=map_location, pickle_module=module, weights_only=False
     )
 
 
-def _open(
-    source: str | BinaryIO, name: str, map_location: str | torch.device = 'cpu'
-) -> dict:
+def _open(file: BinaryIO, name: str, map_location: str | torch.device = 'cpu') -> dict:
     """Read a file, and say of what is wrong with it what a user can use."""
-    path = source if isinstance(source, str) else urlparse(name).path
-    with open(source, 'rb') if isinstance(source, str) else source as file:
-        try:
-            checkpoint = _load_safely(file, path, map_location)
-        except ImportError:
-            raise
-        # Unpickling damaged bytes can raise any exception.
-        except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            raise CheckpointError(
-                f'checkpoint {name!r} is not a file of plain weights, is cut short, '
-                f'or holds objects that are not allowed: {reason.splitlines()[0]}'
-            ) from error
+    try:
+        checkpoint = _load_safely(file, map_location)
+    # Unpickling damaged bytes can raise any exception.
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise CheckpointError(
+            f'checkpoint {name!r} is not a file of plain weights, is cut short, '
+            f'or holds objects that are not allowed: {reason.splitlines()[0]}'
+        ) from error
     check_content(checkpoint, name)
     return checkpoint
 
 
 def check_content(checkpoint: object, name: str) -> None:
-    """Raise a CheckpointError if a part of a checkpoint is no dict with names."""
+    """Raise a CheckpointError if a checkpoint, or a part of it, is no dict."""
     parts = {'': checkpoint}
     if isinstance(checkpoint, Mapping):
         keys = ('state_dict', 'ema_state_dict', 'meta', 'message_hub')
-        parts.update({f' as {key}': checkpoint.get(key) for key in keys})
-        # timm may keep the name of a model here.
-        if isinstance(checkpoint.get('model'), Mapping):
-            parts[' as model'] = checkpoint['model']
-        if isinstance(checkpoint.get('meta'), Mapping):
-            parts[' as meta.dataset_meta'] = checkpoint['meta'].get('dataset_meta')
+        parts.update({f' as {key}': checkpoint.get(key) or {} for key in keys})
+        if isinstance(parts[' as meta'], Mapping):
+            dataset_meta = parts[' as meta'].get('dataset_meta') or {}
+            parts[' as meta.dataset_meta'] = dataset_meta
     for where, part in parts.items():
-        if part is None and where:
-            continue
         if not isinstance(part, Mapping):
-            problem = f'a dict{where}, but holds a {type(part).__name__}'
-        elif others := [key for key in part if not isinstance(key, str)]:
-            problem = f'a dict with names{where}, but one of its keys is {others[0]!r}'
-        else:
-            continue
-        raise CheckpointError(f'checkpoint {name!r} must hold {problem}')
+            raise CheckpointError(
+                f'checkpoint {name!r} must hold a dict{where}, but holds a '
+                f'{type(part).__name__}'
+            )
 
 
 def _fetch(url: str, path: str) -> None:
@@ -336,15 +311,14 @@ def locate_checkpoint(filename: str | os.PathLike) -> str:
     The argument and the errors are those of :func:`read_checkpoint`.
     """
     filename = osp.expanduser(os.fspath(filename))
-    is_url = filename.startswith(('http://', 'https://'))
     mirror = os.environ.get(MIRROR)
-    if is_url and not (mirror and filename.startswith(ROOT)):
+    if mirror and filename.startswith(ROOT):
+        filename = osp.join(mirror, filename.removeprefix(ROOT))
+    if filename.startswith(('http://', 'https://')):
         return _download(filename)
-    path = osp.join(mirror, filename.removeprefix(ROOT)) if is_url else filename
-    if '://' not in path and not osp.isfile(path):
-        note = f' ({MIRROR} is set, which stands in for {ROOT})' * is_url
-        raise FileNotFoundError(f'checkpoint {path!r} does not exist{note}')
-    return path
+    if '://' not in filename and not osp.isfile(filename):
+        raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
+    return filename
 
 
 def _download(url: str) -> str:
@@ -373,23 +347,21 @@ def read_checkpoint(
     Args:
         filename: A path, an http(s) URL, which goes to the cache of torch hub, or any
             other URL that mmengine has a file backend for. The folder that the
-            environment variable ``CONVMLP_WEIGHTS`` names stands in for the authors'
-            server.
+            variable ``CONVMLP_WEIGHTS`` names stands in for the authors' server.
         map_location: Where the tensors go.
 
     Raises:
         OSError: If there is no such file, or a URL cannot be fetched.
         CheckpointError: If the file is not a checkpoint, is cut short, or holds
             objects other than tensors and the Runner's own records.
-        ValueError: If the file of a URL has not the SHA-256 that the end of its name
-            says (``-`` and eight digits or more). What is refused does not enter the
-            cache.
+        ValueError: If what is fetched has not the SHA-256 that the end of its name
+            says (``-`` and eight digits or more).
     """
-    filename = osp.expanduser(os.fspath(filename))
     source = locate_checkpoint(filename)
-    if '://' in source:
-        source = io.BytesIO(fileio.get(filename))
-    return _open(source, filename, map_location)
+    with (
+        io.BytesIO(fileio.get(source)) if '://' in source else open(source, 'rb')
+    ) as file:
+        return _open(file, os.fspath(filename), map_location)
 
 
 def dump_checkpoint(checkpoint: Mapping) -> bytes:
@@ -402,13 +374,8 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
     def whole(value: object) -> object:
         if isinstance(value, Mapping):
             return {key: whole(item) for key, item in value.items()}
-        # torch saves all of the memory that a part of a larger tensor lies in, so that
-        # a part is copied. An expanded tensor, larger than its memory, is not.
-        if isinstance(value, Tensor):
-            value = value.detach()
-            stored = value.untyped_storage().nbytes()
-            return value.clone() if value.nbytes < stored else value
-        return value
+        # torch saves all of the memory that a part of a larger tensor lies in.
+        return value.detach().clone() if isinstance(value, Tensor) else value
 
     buffer = io.BytesIO()
     torch.save(whole(checkpoint), buffer)
@@ -425,7 +392,7 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
 
 
 def _tensors(content: Mapping) -> dict[str, Tensor]:
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return {str(k): value for k, value in content.items() if isinstance(value, Tensor)}
 
 
 def without_module(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -461,9 +428,12 @@ def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Whether a tensor has its numbers one after the other."""
+    """Whether a tensor has all of its numbers, each in a place of its own."""
     special = value.is_quantized or value.is_nested or value.is_meta
-    return value.layout is torch.strided and not special
+    if special or value.layout is not torch.strided:
+        return False
+    # An expanded tensor could be of any size.
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -482,12 +452,8 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
         for key, value in content.items() if is_dict else enumerate(content):
             yield from find_not_finite(value, f'{name}.{key}' if name else str(key))
     elif isinstance(content, Tensor) and content.is_floating_point():
-        value, storage = content.detach(), content.untyped_storage()
-        if value.nbytes > storage.nbytes():
-            # An expanded tensor could be of any size.
-            value = value.new_empty(0).set_(storage)
         # torch.isfinite knows no numbers of 8 bits.
-        value = value if value.itemsize > 1 else value.float()
+        value = content if content.itemsize > 1 else content.float()
         if not value.isfinite().all():
             zero = value == 0
             mask = value.ndim > 1 and zero.any() and (zero | value.isneginf()).all()
@@ -495,35 +461,32 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
                 yield name
 
 
-def _list_problems(
-    found: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    problems: Mapping[str, Collection[str]] = MappingProxyType({}),
-) -> str:
-    """Add to the problems of names those of values that are no weights, and list all.
+def _list_spoilt(
+    found: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, list[str]]:
+    """List the tensors that are no weights, by what is wrong with them.
 
-    ``dtypes`` says what tensors are to become, as far as that is known.
+    ``dtypes`` says what they are to become, as far as that is known.
     """
     plain = {key: value for key, value in found.items() if _is_plain(value)}
-    kinds = [
-        f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
-        for key, value in plain.items()
-        if key in dtypes and _kind(value.dtype) != _kind(dtypes[key])
-    ]
-    # Too large a number becomes Inf where there is less room for it.
-    narrow = {
-        key: value.to(dtypes[key])
-        for key, value in plain.items()
-        if key in dtypes
-        and value.is_floating_point()
-        and value.itemsize > dtypes[key].itemsize
-    }
-    problems = {
-        **problems,
+    kinds, narrow = [], {}
+    for key, dtype in dtypes.items():
+        value = plain.get(key)
+        if value is None:
+            continue
+        if _kind(value.dtype) != _kind(dtype):
+            kinds.append(f'{key} ({value.dtype} in the file, {dtype} here)')
+        elif value.itemsize > dtype.itemsize:
+            # Too large a number becomes Inf where there is less room for it.
+            narrow[key] = value.to(dtype)
+    return {
         'sparse, quantised or without data': [k for k in found if k not in plain],
         'of another kind of numbers': kinds,
         'with NaN or Inf': list(find_not_finite({**plain, **narrow})),
     }
+
+
+def _say(problems: Mapping[str, list[str]]) -> str:
     return '; '.join(
         f'{len(names)} {what}: {some_of(names)}'
         for what, names in problems.items()
@@ -532,16 +495,13 @@ def _list_problems(
 
 
 def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
-    """Check the tensors of a file, by their names in the toolkits, without a model.
+    """Check the tensors of a file without a model.
 
     Raises:
-        CheckpointError: If one of them is sparse, quantised or without data, has NaN
-            or Inf in it, or is of a backbone and has another kind of numbers.
+        CheckpointError: If one of them is sparse, quantised or without data, or has NaN
+            or Inf in it.
     """
-    tops = tuple(BACKBONE + top for top in BACKBONE_PREFIXES)
-    names = [key for key in found if key.startswith(tops)]
-    dtypes = {k: torch.int64 if k.endswith(COUNTER) else torch.float64 for k in names}
-    if problems := _list_problems(found, dtypes):
+    if problems := _say(_list_spoilt(found, {})):
         raise CheckpointError(
             f'checkpoint {os.fspath(name)!r} cannot be used: {problems}'
         )
@@ -572,16 +532,16 @@ def _fit(
         'of another shape': list(shapes),
         'unknown': [key for key in found if key not in expected],
     }
-    errors, skipped = {}, {}
+    errors, skipped = defaultdict(list), defaultdict(list)
     for what, names in wrong.items():
-        reasons = {key: excuse(what, key) for key in names}
-        errors[what] = [shapes.get(k, k) for k, reason in reasons.items() if not reason]
-        for key, reason in reasons.items():
-            if reason:
-                skipped.setdefault(reason, []).append(key)
+        for key in names:
+            if reason := excuse(what, key):
+                skipped[reason].append(key)
+            else:
+                errors[what].append(shapes.get(key, key))
     loaded = {k: found[k] for k in expected if k in found and k not in shapes}
     dtypes = {key: expected[key].dtype for key in loaded}
-    if problems := _list_problems(loaded, dtypes, errors):
+    if problems := _say({**errors, **_list_spoilt(loaded, dtypes)}):
         raise CheckpointError(
             f'checkpoint {name!r} does not fit this {kind}; of its {len(expected)} '
             f'tensors and the {len(found)} in the file, {problems}'
@@ -614,9 +574,9 @@ def load_backbone_weights(
         A line that says how many tensors were loaded, and which were skipped.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If a tensor of the backbone is missing, of another shape or
-            kind of numbers, or not finite; or if one in the file is unknown.
+        OSError: If there is no such file.
+        CheckpointError: If a tensor of the backbone is missing, unknown, of another
+            shape or kind of numbers, or not finite.
     """
     found = without_module(read_checkpoint(checkpoint, map_location))
     if prefix:
@@ -650,23 +610,20 @@ def fit_checkpoint(
 
     Args:
         model: A model of a toolkit, usually with ConvMLP as its ``backbone``.
-        checkpoint: A published classifier, or one with the model's own names, behind
-            ``module.`` or not; plain or under ``'state_dict'`` or ``'model'``. It is
+        checkpoint: A published classifier, or one with the model's own names. It is
             not changed.
         name: What messages call it.
         partial: Whether tensors outside of the backbone may be missing in the file,
             as when a detector starts from a classifier.
-        skip_heads: Whether a head with another number of classes is left out, and
-            stays random.
+        skip_heads: Whether a head with another number of classes stays random.
         exact: Whether nothing may be skipped, as when a run is resumed.
 
     Returns:
         The tensors that fit, and a line that says how many, and which were skipped.
 
     Raises:
-        CheckpointError: If a tensor of the backbone is missing, unknown, of another
-            shape or kind of numbers, or not finite, and without ``partial`` if any
-            is missing. The message names them and the architecture of the file.
+        CheckpointError: If a tensor is missing, unknown, of another shape or kind of
+            numbers, or not finite, beyond what may be skipped.
     """
     expected = model.state_dict()
     found = name_as_model(checkpoint)
@@ -702,9 +659,11 @@ def _is_expected_extra(key: str, built: Iterable[str], prefix: str = '') -> bool
 def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
     """Name the architectures of file and model, if the former is a known one."""
     backbone = getattr(model, 'backbone', model)
+    if type(backbone).__name__ != 'ConvMLP':
+        return ''
     shapes = {key.removeprefix(BACKBONE): value.shape for key, value in found.items()}
     configured, of_file = 'a custom ConvMLP', None
-    for name, arch in getattr(backbone, 'arch_settings', {}).items():
+    for name, arch in backbone.arch_settings.items():
         with torch.device('meta'):
             built = type(backbone)(name).state_dict()
         if all(shapes.get(key) == value.shape for key, value in built.items()):
@@ -720,11 +679,10 @@ def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
 
 
 def to_mm_layout(checkpoint: Mapping) -> dict:
-    """Convert a checkpoint to the layout of today's toolkits.
+    """Convert a checkpoint to the layout of today's toolkits; it is not changed.
 
-    It may be a published classifier, a detector of mmdetection 2.x, a segmentor of
-    mmsegmentation 0.x or a checkpoint of the Runner, and is not changed. What comes of
-    it has ``state_dict`` and ``meta``, with the classes in ``dataset_meta``.
+    It may be one of the authors' or of the Runner. What comes of it has ``state_dict``
+    and ``meta``, with the classes in ``dataset_meta``.
 
     Raises:
         ValueError: If there is no ConvMLP in the checkpoint.
@@ -738,31 +696,25 @@ def to_mm_layout(checkpoint: Mapping) -> dict:
 
 
 def to_published_layout(checkpoint: Mapping) -> dict:
-    """Convert a checkpoint to the layout of the authors' files.
+    """Give a classifier's tensors the names that they have in the authors' files.
 
-    Classifiers become tensors by their published names. Detectors and segmentors keep
-    ``state_dict``, with ``CLASSES`` and ``PALETTE`` in ``meta``, as mmdetection 2.x and
-    mmsegmentation 0.x have them. See :func:`to_mm_layout` for what may be converted.
+    Raises:
+        ValueError: If it is no ConvMLP, or a detector or segmentor, whose names are the
+            same in the authors' files.
     """
     state_dict = _convmlp_model(checkpoint)
-    others = [key for key in state_dict if not key.startswith(BACKBONE)]
-    if all(key.startswith(CLASSIFIER_HEAD) for key in others):
-        return {
-            key.replace(CLASSIFIER_HEAD, 'head.').removeprefix(BACKBONE): value
-            for key, value in state_dict.items()
-        }
-    meta = dict(checkpoint.get('meta') or {})
-    for key, value in (meta.pop('dataset_meta', None) or {}).items():
-        if key.lower() in DATASET_META:
-            meta.setdefault(key.upper(), value)
-    return dict(state_dict=state_dict, meta=meta)
+    if not all(key.startswith((BACKBONE, CLASSIFIER_HEAD)) for key in state_dict):
+        raise ValueError("only classifiers have other names in the authors' files")
+    return {
+        key.replace(CLASSIFIER_HEAD, 'head.').removeprefix(BACKBONE): value
+        for key, value in state_dict.items()
+    }
 
 
 def _convmlp_model(checkpoint: Mapping) -> dict[str, Tensor]:
     state_dict = name_as_model(checkpoint)
     if not any(key.startswith(BACKBONE + TOKENIZER) for key in state_dict):
         raise ValueError(
-            'there is no ConvMLP among the tensors, which are '
-            + (some_of(state_dict) or 'none')
+            f'there is no ConvMLP among the tensors, which are {some_of(state_dict)}'
         )
     return state_dict

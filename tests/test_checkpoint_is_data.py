@@ -174,10 +174,7 @@ def test_files_of_old_torch_are_read(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
-        ({1: torch.ones(1)}, 'with names, but one of its keys is 1$'),
-        (dict(state_dict={1: torch.ones(1)}), 'names as state_dict, but .* is 1$'),
         (dict(state_dict=[torch.ones(1)]), 'a dict as state_dict, but holds a list'),
-        (dict(model={(): torch.ones(1)}), r'as model, but one of its keys is \(\)'),
         (dict(state_dict={}, meta=[1]), 'a dict as meta, but holds a list'),
         (
             dict(state_dict={}, meta=dict(dataset_meta=[1])),
@@ -353,23 +350,22 @@ def test_conversion_runs_nothing(tmp_path, tool):
     assert os.listdir(tmp_path) == ['a.pth']
 
 
-@pytest.mark.parametrize('kind', ['int8', 'inf', 'nan'])
+@pytest.mark.parametrize('kind', ['inf', 'nan'])
 def test_spoilt_weights_are_neither_converted_nor_published(tmp_path, tool, kind):
     path, out = tmp_path / 'a.pth', tmp_path / 'b.pth'
     torch.save(spoilt(ConvMLP(TINY).state_dict(), WEIGHT, kind), path)
-    done = tool('convert_weights.py', path, out)
-    assert done.returncode == 2
-    assert "a.pth' cannot be used: 1 " in done.stderr and WEIGHT in done.stderr
-    if kind != 'int8':
-        done = tool('publish_model.py', path, out)
-        assert done.returncode == 2 and WEIGHT in done.stderr
+    for name in ('convert_weights.py', 'publish_model.py'):
+        done = tool(name, path, out)
+        assert done.returncode == 2
+        assert "a.pth' cannot be used: 1 with NaN or Inf: " in done.stderr
+        assert WEIGHT in done.stderr
     assert os.listdir(tmp_path) == ['a.pth']
 
 
-def test_expanded_tensor_is_published_without_its_copies(tmp_path, tool):
+def test_expanded_tensor_is_refused(tmp_path, tool):
     torch.save({'a': torch.zeros(1).expand(2**40)}, tmp_path / 'a.pth')
     done = tool('publish_model.py', tmp_path / 'a.pth', tmp_path / 'b.pth')
-    assert done.returncode in (0, 2)
+    assert done.returncode == 2 and 'without data: a' in done.stderr
 
 
 # Runs

@@ -21,7 +21,6 @@ from reference import (
     draw_image,
     published_outputs,
 )
-from safetensors.torch import save_file
 from torch import nn
 
 from convmlp_mm import ConvMLP, get_model
@@ -110,7 +109,9 @@ def test_prefix_and_nesting_are_found(published, save, prefix, given, key):
 
 
 def test_prefix_that_matches_nothing_raises(published, save):
-    with pytest.raises(ValueError, match=r'the 0 in the file, 81 missing: tokenizer\.block\.0'):
+    with pytest.raises(
+        ValueError, match=r'the 0 in the file, 81 missing: tokenizer\.block\.0'
+    ):
         build(save(published), 'encoder').init_weights()
 
 
@@ -203,17 +204,6 @@ def test_truncated_file_is_refused(published, save):
     path = save(published)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r'weights\.pth.*cut short'):
-        read_checkpoint(path)
-
-
-def test_safetensors_are_read(published, tmp_path):
-    path = tmp_path / 'weights.safetensors'
-    save_file({k: v.contiguous() for k, v in published.items()}, path)
-    model = build(path)
-    model.init_weights()
-    assert_loaded(model, published)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match='is not a file of plain weights'):
         read_checkpoint(path)
 
 
@@ -427,7 +417,8 @@ def test_mirror_stands_in_for_the_server(published, save, monkeypatch, tmp_path)
     model = build(f'{ROOT}weights.pth')
     model.init_weights()
     assert_loaded(model, published)
-    with pytest.raises(FileNotFoundError, match='other.pth.*CONVMLP_WEIGHTS is set'):
+    missing = tmp_path / 'detection' / 'other.pth'
+    with pytest.raises(FileNotFoundError, match=f"'{missing}' does not exist"):
         read_checkpoint(f'{ROOT}detection/other.pth')
 
 
@@ -483,17 +474,15 @@ def same(a, b):
     return type(a) is type(b) and a == b
 
 
-def test_conversion_of_detectors_there_and_back_changes_no_bit(published_dense):
+def test_conversion_of_detectors_changes_no_bit(published_dense):
     _, _, content = published_dense
     there = to_mm_layout(content)
     assert there.keys() == {'state_dict', 'meta'}
     assert there['meta']['dataset_meta']['classes'] == content['meta']['CLASSES']
     assert same(there['state_dict'], dict(content['state_dict']))
-    back = to_published_layout(there)
-    assert same(back['state_dict'], dict(content['state_dict']))
-    assert back['meta'] == content['meta']
-    assert same(to_mm_layout(back), there)
     assert same(to_mm_layout(there), there)
+    with pytest.raises(ValueError, match='only classifiers have other names'):
+        to_published_layout(there)
 
 
 @pytest.mark.parametrize('arch', 'sml')

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Convert weights between the authors' files and the layout of today's toolkits.
 
-For classifiers the names differ; detectors and segmentors of mmdetection 2.x and
-mmsegmentation 0.x differ in what stands beside the weights. Tensors are copied bit by
-bit. No tool of this package needs it: they all read both layouts.
+For classifiers, which can be converted back, the names differ; for detectors and
+segmentors what stands beside the weights. Tensors are copied bit by bit. No tool of
+this package needs it: they all read both layouts.
 """
 
 import argparse

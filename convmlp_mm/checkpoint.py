@@ -56,8 +56,6 @@ BACKBONE_PREFIXES = (TOKENIZER, 'conv_stages.', 'stages.')
 # of that head.
 HEAD_PREFIXES = ('head.', 'norm.')
 CLASSIFIER_HEAD = 'head.fc.'
-# Keys of the toolkits for the names of classes; former versions used capitals.
-DATASET_META = ('classes', 'palette')
 # Files written before torch 0.4.1 lack these tensors of BN, and nothing reads them.
 COUNTER = 'num_batches_tracked'
 MAX_NAMES = 6
@@ -469,20 +467,14 @@ def _list_spoilt(
     ``dtypes`` says what they are to become, as far as that is known.
     """
     plain = {key: value for key, value in found.items() if _is_plain(value)}
-    kinds, narrow = [], {}
-    for key, dtype in dtypes.items():
-        value = plain.get(key)
-        if value is None:
-            continue
-        if _kind(value.dtype) != _kind(dtype):
-            kinds.append(f'{key} ({value.dtype} in the file, {dtype} here)')
-        elif value.itemsize > dtype.itemsize:
-            # Too large a number becomes Inf where there is less room for it.
-            narrow[key] = value.to(dtype)
     return {
         'sparse, quantised or without data': [k for k in found if k not in plain],
-        'of another kind of numbers': kinds,
-        'with NaN or Inf': list(find_not_finite({**plain, **narrow})),
+        'of another kind of numbers': [
+            f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
+            for key, value in plain.items()
+            if key in dtypes and _kind(value.dtype) != _kind(dtypes[key])
+        ],
+        'with NaN or Inf': list(find_not_finite(plain)),
     }
 
 
@@ -508,51 +500,6 @@ def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
 
 
 # Matching: which tensors of a file are those of a model.
-
-
-def _fit(
-    found: Mapping[str, Tensor],
-    model: nn.Module,
-    name: str,
-    excuse: Callable[[str, str], str | None],
-) -> tuple[dict[str, Tensor], str]:
-    """Keep the tensors that a model has, and say in one line how many these are.
-
-    ``excuse`` takes what is wrong with a name, and the name, and returns why that is
-    let through, which goes into the line; or None, which is an error.
-    """
-    expected, kind = _tensors(model.state_dict()), type(model).__name__
-    shapes = {
-        key: f'{key} ({tuple(found[key].shape)} in the file, {tuple(value.shape)} here)'
-        for key, value in expected.items()
-        if key in found and _is_plain(found[key]) and found[key].shape != value.shape
-    }
-    wrong = {
-        'missing': [k for k in expected if k not in found and not k.endswith(COUNTER)],
-        'of another shape': list(shapes),
-        'unknown': [key for key in found if key not in expected],
-    }
-    errors, skipped = defaultdict(list), defaultdict(list)
-    for what, names in wrong.items():
-        for key in names:
-            if reason := excuse(what, key):
-                skipped[reason].append(key)
-            else:
-                errors[what].append(shapes.get(key, key))
-    loaded = {k: found[k] for k in expected if k in found and k not in shapes}
-    dtypes = {key: expected[key].dtype for key in loaded}
-    if problems := _say({**errors, **_list_spoilt(loaded, dtypes)}):
-        raise CheckpointError(
-            f'checkpoint {name!r} does not fit this {kind}; of its {len(expected)} '
-            f'tensors and the {len(found)} in the file, {problems}'
-            f'{_explain_arch(model, found)}'
-        )
-    converted = {str(v.dtype) for k, v in loaded.items() if v.dtype != dtypes[k]}
-    parts = {'converted from': sorted(converted), **skipped}
-    message = f'{kind}: loaded {len(loaded)} of {len(expected)} tensors from {name}'
-    return loaded, message + ''.join(
-        f', {reason} {some_of(names)}' for reason, names in parts.items() if names
-    )
 
 
 def load_backbone_weights(
@@ -582,17 +529,7 @@ def load_backbone_weights(
     if prefix:
         prefix = f'{prefix.rstrip(".")}.'.removeprefix('module.')
         found = {k[len(prefix) :]: v for k, v in found.items() if k.startswith(prefix)}
-    found = name_as_model(found)
-    mine = [key for key in found if key.startswith(BACKBONE)]
-    # Those of another model are named as they are.
-    found = {key.removeprefix(BACKBONE): found[key] for key in mine or found}
-    built = model.state_dict()
-
-    def excuse(what: str, key: str) -> str | None:
-        extra = what == 'unknown' and _is_expected_extra(key, built)
-        return 'skipped' if extra else None
-
-    loaded, message = _fit(found, model, os.fspath(checkpoint), excuse)
+    loaded, message = fit_checkpoint(model, found, checkpoint)
     # Only what has been let through may be missing, so this is not strict.
     model.load_state_dict(loaded, strict=False)
     return message
@@ -609,7 +546,7 @@ def fit_checkpoint(
     """Give a checkpoint the names of a model and keep what the model has.
 
     Args:
-        model: A model of a toolkit, usually with ConvMLP as its ``backbone``.
+        model: The backbone, or a model of a toolkit, usually with it as ``backbone``.
         checkpoint: A published classifier, or one with the model's own names. It is
             not changed.
         name: What messages call it.
@@ -625,15 +562,30 @@ def fit_checkpoint(
         CheckpointError: If a tensor is missing, unknown, of another shape or kind of
             numbers, or not finite, beyond what may be skipped.
     """
-    expected = model.state_dict()
-    found = name_as_model(checkpoint)
+    expected, kind = _tensors(model.state_dict()), type(model).__name__
+    found, prefix = name_as_model(checkpoint), BACKBONE
+    if any(key.startswith(TOKENIZER) for key in expected):
+        mine = [key for key in found if key.startswith(BACKBONE)]
+        # Tensors of another model keep their names.
+        found = {key.removeprefix(BACKBONE): found[key] for key in mine or found}
+        prefix = ''
+    shapes = {
+        key: f'{key} ({tuple(found[key].shape)} in the file, {tuple(value.shape)} here)'
+        for key, value in expected.items()
+        if key in found and _is_plain(found[key]) and found[key].shape != value.shape
+    }
+    wrong = {
+        'missing': [k for k in expected if k not in found and not k.endswith(COUNTER)],
+        'of another shape': list(shapes),
+        'unknown': [key for key in found if key not in expected],
+    }
 
     def excuse(what: str, key: str) -> str | None:
         if exact:
             return None
-        if what == 'unknown' and _is_expected_extra(key, expected, BACKBONE):
+        if what == 'unknown' and _is_expected_extra(key, expected, prefix):
             return 'skipped'
-        if key.startswith(BACKBONE):
+        if key.startswith(prefix):
             return None
         if what == 'missing' and partial:
             return 'not in the file'
@@ -642,10 +594,28 @@ def fit_checkpoint(
             return 'skipped for another number of classes' if same_input else None
         return None
 
-    return _fit(found, model, os.fspath(name), excuse)
+    errors, skipped = defaultdict(list), defaultdict(list)
+    for what, names in wrong.items():
+        for key in names:
+            if reason := excuse(what, key):
+                skipped[reason].append(key)
+            else:
+                errors[what].append(shapes.get(key, key))
+    loaded = {k: found[k] for k in expected if k in found and k not in shapes}
+    dtypes = {key: expected[key].dtype for key in loaded}
+    if problems := _say({**errors, **_list_spoilt(loaded, dtypes)}):
+        raise CheckpointError(
+            f'checkpoint {os.fspath(name)!r} does not fit this {kind}; of its '
+            f'{len(expected)} tensors and the {len(found)} in the file, {problems}'
+            f'{_explain_arch(model, found)}'
+        )
+    message = f'{kind}: loaded {len(loaded)} of {len(expected)} tensors from {name}'
+    return loaded, message + ''.join(
+        f', {reason} {some_of(names)}' for reason, names in skipped.items()
+    )
 
 
-def _is_expected_extra(key: str, built: Iterable[str], prefix: str = '') -> bool:
+def _is_expected_extra(key: str, built: Iterable[str], prefix: str) -> bool:
     """Whether a name is of a head, or of a stage that this backbone has not built."""
     name = key.removeprefix(prefix)
     if not key.startswith(prefix) or name.startswith(HEAD_PREFIXES):
@@ -689,7 +659,8 @@ def to_mm_layout(checkpoint: Mapping) -> dict:
     """
     state_dict = _convmlp_model(checkpoint)
     meta = dict(checkpoint.get('meta') or {})
-    found = {key: meta.pop(key.upper(), None) for key in DATASET_META}
+    # Former versions of the toolkits used capitals.
+    found = {key: meta.pop(key.upper(), None) for key in ('classes', 'palette')}
     if dataset_meta := {key: value for key, value in found.items() if value}:
         meta.setdefault('dataset_meta', dataset_meta)
     return dict(state_dict=state_dict, meta=meta)

@@ -268,12 +268,12 @@ def check_content(checkpoint: object, name: str) -> None:
     parts = {'': checkpoint}
     if isinstance(checkpoint, Mapping):
         keys = ('state_dict', 'ema_state_dict', 'meta', 'message_hub')
-        parts.update({f' as {key}': checkpoint.get(key) or {} for key in keys})
-        if isinstance(parts[' as meta'], Mapping):
-            dataset_meta = parts[' as meta'].get('dataset_meta') or {}
-            parts[' as meta.dataset_meta'] = dataset_meta
+        parts.update({f' as {key}': checkpoint.get(key) for key in keys})
+        if isinstance(checkpoint.get('meta'), Mapping):
+            parts[' as meta.dataset_meta'] = checkpoint['meta'].get('dataset_meta')
     for where, part in parts.items():
-        if not isinstance(part, Mapping):
+        is_absent = where and part is None
+        if not is_absent and not isinstance(part, Mapping):
             raise CheckpointError(
                 f'checkpoint {name!r} must hold a dict{where}, but holds a '
                 f'{type(part).__name__}'
@@ -356,9 +356,9 @@ def read_checkpoint(
             says (``-`` and eight digits or more).
     """
     source = locate_checkpoint(filename)
-    with (
-        io.BytesIO(fileio.get(source)) if '://' in source else open(source, 'rb')
-    ) as file:
+    if '://' in source:
+        return _open(io.BytesIO(fileio.get(source)), source, map_location)
+    with open(source, 'rb') as file:
         return _open(file, os.fspath(filename), map_location)
 
 
@@ -381,8 +381,7 @@ def dump_checkpoint(checkpoint: Mapping) -> bytes:
     try:
         torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
-        message = 'the checkpoint holds more than tensors, text and numbers'
-        raise ValueError(message) from error
+        raise ValueError('it holds more than tensors, text and numbers') from error
     return buffer.getvalue()
 
 
@@ -398,11 +397,9 @@ def without_module(checkpoint: Mapping) -> dict[str, Tensor]:
 
     They lie under ``state_dict`` or ``model``, or it is a state dict itself.
     """
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    return {k.removeprefix('module.'): v for k, v in _tensors(checkpoint).items()}
+    parts = [checkpoint.get('state_dict'), checkpoint.get('model'), checkpoint]
+    tensors = _tensors(next(part for part in parts if isinstance(part, Mapping)))
+    return {key.removeprefix('module.'): value for key, value in tensors.items()}
 
 
 def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -459,15 +456,18 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
                 yield name
 
 
-def _list_spoilt(
-    found: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
-) -> dict[str, list[str]]:
-    """List the tensors that are no weights, by what is wrong with them.
+def _list_problems(
+    found: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    problems: Mapping[str, list[str]],
+) -> str:
+    """Add to the problems of names those of values that are no weights, and list all.
 
-    ``dtypes`` says what they are to become, as far as that is known.
+    ``dtypes`` says what tensors are to become, as far as that is known.
     """
     plain = {key: value for key, value in found.items() if _is_plain(value)}
-    return {
+    problems = {
+        **problems,
         'sparse, quantised or without data': [k for k in found if k not in plain],
         'of another kind of numbers': [
             f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
@@ -476,14 +476,8 @@ def _list_spoilt(
         ],
         'with NaN or Inf': list(find_not_finite(plain)),
     }
-
-
-def _say(problems: Mapping[str, list[str]]) -> str:
-    return '; '.join(
-        f'{len(names)} {what}: {some_of(names)}'
-        for what, names in problems.items()
-        if names
-    )
+    texts = [(len(names), what, some_of(names)) for what, names in problems.items()]
+    return '; '.join(f'{n} {what}: {names}' for n, what, names in texts if n)
 
 
 def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
@@ -493,10 +487,8 @@ def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
         CheckpointError: If one of them is sparse, quantised or without data, or has NaN
             or Inf in it.
     """
-    if problems := _say(_list_spoilt(found, {})):
-        raise CheckpointError(
-            f'checkpoint {os.fspath(name)!r} cannot be used: {problems}'
-        )
+    if problems := _list_problems(found, {}, {}):
+        raise CheckpointError(f'checkpoint {str(name)!r} cannot be used: {problems}')
 
 
 # Matching: which tensors of a file are those of a model.
@@ -603,9 +595,9 @@ def fit_checkpoint(
                 errors[what].append(shapes.get(key, key))
     loaded = {k: found[k] for k in expected if k in found and k not in shapes}
     dtypes = {key: expected[key].dtype for key in loaded}
-    if problems := _say({**errors, **_list_spoilt(loaded, dtypes)}):
+    if problems := _list_problems(loaded, dtypes, errors):
         raise CheckpointError(
-            f'checkpoint {os.fspath(name)!r} does not fit this {kind}; of its '
+            f'checkpoint {str(name)!r} does not fit this {kind}; of its '
             f'{len(expected)} tensors and the {len(found)} in the file, {problems}'
             f'{_explain_arch(model, found)}'
         )
@@ -651,8 +643,7 @@ def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
 def to_mm_layout(checkpoint: Mapping) -> dict:
     """Convert a checkpoint to the layout of today's toolkits; it is not changed.
 
-    It may be one of the authors' or of the Runner. What comes of it has ``state_dict``
-    and ``meta``, with the classes in ``dataset_meta``.
+    That is ``state_dict`` and ``meta``, with the classes in ``dataset_meta``.
 
     Raises:
         ValueError: If there is no ConvMLP in the checkpoint.
@@ -660,9 +651,9 @@ def to_mm_layout(checkpoint: Mapping) -> dict:
     state_dict = _convmlp_model(checkpoint)
     meta = dict(checkpoint.get('meta') or {})
     # Former versions of the toolkits used capitals.
-    found = {key: meta.pop(key.upper(), None) for key in ('classes', 'palette')}
-    if dataset_meta := {key: value for key, value in found.items() if value}:
-        meta.setdefault('dataset_meta', dataset_meta)
+    keys = [key for key in ('classes', 'palette') if meta.get(key.upper()) is not None]
+    if keys:
+        meta.setdefault('dataset_meta', {key: meta.pop(key.upper()) for key in keys})
     return dict(state_dict=state_dict, meta=meta)
 
 

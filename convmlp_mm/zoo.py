@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import math
 import os.path as osp
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import util
 from pathlib import Path
 
@@ -31,41 +31,23 @@ SCOPE = __package__
 WORKER_KEYS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 
 
-def carried_folder() -> Path:
-    """Return the folder of the configurations, metafiles and tools.
-
-    Raises:
-        FileNotFoundError: If the package was copied without them.
-    """
-    package = Path(__file__).parent
-    # The second is a checkout on PYTHONPATH, which nothing has installed.
-    for folder in (package / '.mim', package.parent):
-        if (folder / 'model-index.yml').is_file():
-            return folder
-    raise FileNotFoundError(
-        f'{SCOPE} has no configurations: neither {package / ".mim"} nor '
-        f'{package.parent} holds model-index.yml; install it with pip'
-    )
-
-
-def mim_folder(scope: str) -> Path:
-    """Return the folder ``.mim`` of a toolkit, with its configurations and metafiles.
+def mim_folder(scope: str = SCOPE) -> Path:
+    """Return the folder with the configurations and metafiles of a package.
 
     mmengine's own way asks for the distribution of the original stack.
-
-    Raises:
-        ImportError: If the toolkit is not installed.
     """
     spec = util.find_spec(scope)
     if spec is None:
         raise ImportError(f'{scope} is not installed')
-    return Path(spec.origin).parent / '.mim'
+    package = Path(spec.origin).parent
+    # Nothing has installed a checkout on PYTHONPATH.
+    return package / '.mim' if (package / '.mim').exists() else package.parent
 
 
-@functools.lru_cache(maxsize=1)
+@cache
 def _entries() -> dict[str, dict]:
     """Read the metafiles: entries by name, in their order."""
-    mim = carried_folder()
+    mim = mim_folder()
     metafiles = [load(mim / path) for path in load(mim / 'model-index.yml')['Import']]
     return {model['Name']: model for file in metafiles for model in file['Models']}
 
@@ -84,22 +66,17 @@ def config_path(name: str) -> str:
 
     Args:
         name: A name of :func:`list_models`, or a path in the folder ``configs``, with
-            ``.py`` or without: ``'retinanet_convmlp_s'``,
-            ``'ablation/pure_mlp_100e.py'``.
+            ``.py`` or without: ``'retinanet_convmlp_s'``, ``'ablation/pure_mlp_100e'``.
 
     Raises:
         ValueError: If there is none.
     """
-    configs = carried_folder() / 'configs'
-    if name in _entries():
-        path = carried_folder() / _entries()[name]['Config']
-    else:
-        path = configs / f'{name.removesuffix(".py")}.py'
-    if '..' in Path(name).parts or not path.is_file():
-        files = sorted(str(p.relative_to(configs)) for p in configs.rglob('*.py'))
+    file = f'configs/{name.removesuffix(".py")}.py'
+    path = mim_folder() / _entries().get(name, {}).get('Config', file)
+    if '..' in path.parts or not path.is_file():
         raise ValueError(
-            f'{SCOPE} has no configuration {name!r}; there are '
-            + ', '.join(file for file in files if not file.startswith('_base_'))
+            f'{SCOPE} has no configuration {name!r}; there are the models '
+            f'{", ".join(list_models())} and the files in {mim_folder() / "configs"}'
         )
     return str(path)
 
@@ -112,36 +89,27 @@ def published_weights(name: str) -> str:
     """
     weights = _entries().get(name, {}).get('Weights')
     if weights is None:
-        raise ValueError(
-            f'{name!r} has no published weights; the models that have are '
-            + ', '.join(n for n, entry in _entries().items() if 'Weights' in entry)
-        )
+        raise ValueError(f'{name!r} has no published weights')
     return weights
 
 
 def register_classifiers() -> None:
-    """Add the classifiers to the hub of mmpretrain.
+    """Tell mmpretrain the names of the classifiers; again, it changes nothing.
 
-    After it, ``mmpretrain.list_models()``, ``mmpretrain.get_model()`` and the
-    inferencers of mmpretrain know them by name. Calling it again changes nothing.
-
-    Raises:
-        ImportError: If mmpretrain is not installed.
+    Then its ``list_models()``, ``get_model()`` and inferencers take them.
     """
     from mmpretrain.apis.model import ModelHub
 
     if not ModelHub.has('convmlp_s_imagenet'):
-        folder = carried_folder()
-        metafile = folder / 'configs' / 'metafile_classification.yml'
-        ModelHub.register_model_index(metafile, config_prefix=folder)
+        metafile = mim_folder() / 'configs' / 'metafile_classification.yml'
+        ModelHub.register_model_index(metafile, config_prefix=mim_folder())
 
 
 @CheckpointLoader.register_scheme(ROOT)
 def load_from_convmlp_zoo(filename: str, map_location: object = None) -> dict:
     """Read the authors' files for mmengine and mmpretrain, safely, as theirs."""
     checkpoint = read_checkpoint(filename, map_location or 'cpu')
-    meta = checkpoint.get('meta', {})
-    return dict(state_dict=name_as_model(checkpoint), meta=meta)
+    return dict(state_dict=name_as_model(checkpoint), meta=checkpoint.get('meta', {}))
 
 
 # Reading configurations: of this package, of the toolkits, and classifiers of timm.
@@ -151,11 +119,10 @@ def find_config(name: str | Config) -> Config:
     """Read a configuration as :func:`read_config` does, named in any usual way.
 
     Args:
-        name: The path of a file; a name that :func:`config_path` knows, with
-            ``convmlp_mm::`` before it or not; a file that a toolkit carries, such as
-            ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``; or a classifier of
-            timm, such as ``'timm::resmlp_24_224'``. A configuration that has been
-            read already is copied.
+        name: The path of a file; a name that :func:`config_path` knows; a file of a
+            toolkit, as ``'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'``; or a
+            classifier of timm, as ``'timm::resmlp_24_224'``. What has been read already
+            is copied.
 
     Raises:
         ValueError: If there is none of this name, or if it has no model.
@@ -165,20 +132,21 @@ def find_config(name: str | Config) -> Config:
         cfg = copy.deepcopy(name)
         name_types(cfg)
         return cfg
-    scope, colons, rest = name.rpartition('::')
+    scope, _, rest = name.rpartition('::')
     if scope == 'timm':
         cfg = _timm_config(rest)
     elif scope in TOOLKITS:
-        cfg = read_config(_toolkit_config(scope, rest))
+        configs = mim_folder(scope) / 'configs'
+        path = configs / f'{rest.removesuffix(".py")}.py'
+        if not path.is_file():
+            raise ValueError(f'{scope} has no configuration {rest!r} in {configs}')
+        cfg = read_config(str(path))
         # Files of a backbone alone do not inherit it.
         cfg.setdefault('default_scope', scope)
-    elif colons and scope != SCOPE:
-        known = ', '.join(f'{s}::' for s in (SCOPE, *TOOLKITS, 'timm'))
-        raise ValueError(f'no package {scope!r} in {name!r}; known are {known}')
     else:
         # A folder may be called like a model.
-        is_file = not colons and osp.isfile(osp.expanduser(name))
-        cfg = read_config(name if is_file else config_path(rest))
+        is_file = osp.isfile(osp.expanduser(name))
+        cfg = read_config(name if is_file else config_path(name))
     if cfg.get('model') is None:
         raise ValueError(f'the configuration {name!r} has no model')
     return cfg
@@ -204,30 +172,12 @@ def read_config(path: str) -> Config:
     return cfg
 
 
-def _toolkit_config(scope: str, name: str) -> str:
-    """Find a configuration of a toolkit."""
-    configs = mim_folder(scope) / 'configs'
-    path = configs / f'{name.removesuffix(".py")}.py'
-    if not path.is_file():
-        folder = configs / Path(name).parent
-        there = ', '.join(sorted(p.name for p in folder.glob('*.py')))
-        folders = ', '.join(sorted(p.name for p in configs.iterdir()))
-        raise ValueError(
-            f'{scope} has no configuration {name!r}; '
-            + (f'{folder} has {there}' if there else f'{configs} has {folders}')
-        )
-    return str(path)
-
-
 def _timm_config(name: str) -> Config:
     """Describe a classifier of timm for mmpretrain, with timm's preprocessing."""
     import timm
 
     if not timm.is_model(name):
-        similar = ', '.join(timm.list_models(f'{name.partition("_")[0]}*'))
-        raise ValueError(
-            f'timm has no model {name!r}' + (f'; it has {similar}' if similar else '')
-        )
+        raise ValueError(f'timm has no model {name!r}')
     given = timm.get_pretrained_cfg(name)
     size, classes = given.input_size[-1], given.num_classes or 1000
     resize = dict(type='ResizeEdge', edge='short', backend='pillow')
@@ -238,19 +188,19 @@ def _timm_config(name: str) -> Config:
         type='ImageNet' if classes == 1000 else 'CustomDataset',
         pipeline=[dict(type='LoadImageFromFile'), *steps, dict(type='PackInputs')],
     )
-    return Config(
-        dict(
-            default_scope='mmpretrain',
-            model=dict(type='TimmClassifier', model_name=name),
-            data_preprocessor=dict(
-                num_classes=classes,
-                mean=[255 * value for value in given.mean],
-                std=[255 * value for value in given.std],
-                to_rgb=True,
-            ),
-            test_dataloader=dict(dataset=dataset),
-        )
+    preprocessor = dict(
+        num_classes=classes,
+        mean=[255 * value for value in given.mean],
+        std=[255 * value for value in given.std],
+        to_rgb=True,
     )
+    cfg = dict(
+        default_scope='mmpretrain',
+        model=dict(type='TimmClassifier', model_name=name),
+        data_preprocessor=preprocessor,
+        test_dataloader=dict(dataset=dataset),
+    )
+    return Config(cfg)
 
 
 # Changing configurations that have been read.
@@ -298,26 +248,24 @@ def give_visualizer(cfg: Config) -> None:
 
 
 def name_types(cfg: Config) -> None:
-    """Put names for the classes and functions that are a ``type``.
+    """Put names, which the toolkits compare, for classes that are a ``type``.
 
     Configurations that import them have them as objects, and what a Runner writes of
-    such a configuration as ``package.module.Class``. The toolkits compare some with
-    names, and so does this package. What no registry of the configuration's
+    such a configuration as ``package.module.Class``. What no registry of
     ``default_scope`` knows stays.
     """
-    names = {}
+    scope = cfg.get('default_scope')
 
     def name(key, value):
         if key != 'type' or not (callable(value) or '.' in str(value)):
             return value
-        if not names:
-            names.update(_registered_names(cfg.get('default_scope')))
         kind = get_object_from_string(value) if isinstance(value, str) else value
-        return names.get(kind, value) if callable(kind) else value
+        return _registered_names(scope).get(kind, value) if callable(kind) else value
 
     map_config(cfg, cfg, name)
 
 
+@cache
 def _registered_names(scope: str | None) -> dict[object, str]:
     """Return the names that a toolkit finds classes and functions by."""
     if scope in TOOLKITS:

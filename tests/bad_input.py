@@ -1,6 +1,5 @@
 """What users get wrong: the table of test_bad_input.py."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -320,14 +319,10 @@ CHECKPOINTS = [
          arguments=lambda paths: ['--out', 'a.json']),
     *(case(f'{what} in a checkpoint', DET, ["weights.pth'", *words], tool=TEST,
            spoil=checkpoint(content)) for what, words, content in (
-        ('numbers as names', ['names as state_dict', 'is 1'],
-         dict(state_dict={1: torch.ones(1)})),
         ('list of weights', ['a dict as state_dict, but holds a list'],
          dict(state_dict=[torch.ones(1)])),
         ('list of records', ['a dict as meta, but holds a list'],
          dict(state_dict={}, meta=[1])),
-        ('options of timm', ['argparse.Namespace', 'convert_weights.py takes the tens'],
-         dict(state_dict={}, args=argparse.Namespace())),
     )),
 ]
 

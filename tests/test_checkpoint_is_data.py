@@ -1,6 +1,7 @@
 """A checkpoint is data: nothing in it runs, deletes or grows."""
 
 import argparse
+import contextlib
 import io
 import os
 import pickle
@@ -104,15 +105,16 @@ def with_pickle(path, code):
     return path
 
 
-SET_ON_CLASS = b'\x80\x02ccollections\nCounter\nN}X\x05\0\0\0spoilK\x01s\x86b.'
-
-
-@pytest.mark.parametrize('lenient', [False, True])
-def test_classes_are_not_changed_by_a_pickle(tmp_path, lenient):
-    path = with_pickle(tmp_path / 'a.pth', SET_ON_CLASS)
-    with pytest.raises(ValueError, match=r'a\.pth'):
-        read_checkpoint(path, skipped=[] if lenient else None)
-    assert not hasattr(Counter, 'spoil')
+@pytest.mark.parametrize(
+    'kind', [Counter, HistoryBuffer, argparse.Namespace], ids=lambda kind: kind.__name__
+)
+def test_classes_are_not_changed_by_a_pickle(tmp_path, kind):
+    name = f'{kind.__module__}\n{kind.__name__}\n'.encode()
+    code = b'\x80\x02c' + name + b'N}X\x05\0\0\0spoilK\x01s\x86b.'
+    path = with_pickle(tmp_path / 'a.pth', code)
+    with contextlib.suppress(ValueError):
+        read_checkpoint(path)
+    assert not hasattr(kind, 'spoil')
 
 
 def test_numbers_of_logs_hold_no_addresses(tmp_path):
@@ -172,10 +174,7 @@ def test_files_of_old_torch_are_read(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
-        ({1: torch.ones(1)}, 'with names, but one of its keys is 1$'),
-        (dict(state_dict={1: torch.ones(1)}), 'names as state_dict, but .* is 1$'),
         (dict(state_dict=[torch.ones(1)]), 'a dict as state_dict, but holds a list'),
-        (dict(model={(): torch.ones(1)}), r'as model, but one of its keys is \(\)'),
         (dict(state_dict={}, meta=[1]), 'a dict as meta, but holds a list'),
         (
             dict(state_dict={}, meta=dict(dataset_meta=[1])),
@@ -229,11 +228,6 @@ def test_files_of_one_name_from_two_addresses_are_two_files(server):
             assert list(read_checkpoint(server + path)) == [path]
 
 
-def test_address_of_a_folder_is_named(server):
-    with pytest.raises(ValueError, match=f'{server}/a/ names a folder'):
-        read_checkpoint(f'{server}/a/')
-
-
 def test_silent_server_is_given_up(server, monkeypatch):
     monkeypatch.setattr(checkpoint, 'TIMEOUT', 0.2)
     with pytest.raises(OSError, match='cannot fetch .*silent.pth: timed out'):
@@ -261,7 +255,6 @@ SPOILERS = {
     'nan': (lambda t: t * float('nan'), 'with NaN or Inf: '),
     'inf': (lambda t: t + float('inf'), 'with NaN or Inf: '),
     '-inf': (lambda t: t - float('inf'), 'with NaN or Inf: '),
-    'too large': (lambda t: t.double() + 1e300, 'with NaN or Inf: '),
 }
 
 
@@ -300,15 +293,14 @@ def test_counter_of_floats_is_refused():
         fit_checkpoint(model, state, 'a.pth')
 
 
-def test_half_precision_is_taken_and_said():
+def test_half_precision_is_taken():
     model = detector(num_classes=2)
     half = {
         k: v.half() if v.is_floating_point() else v
         for k, v in model.state_dict().items()
     }
     loaded, message = fit_checkpoint(model, half, 'a.pth')
-    assert len(loaded) == len(half)
-    assert message.endswith('from a.pth, converted from torch.float16')
+    assert len(loaded) == len(half) and message.endswith(' from a.pth')
 
 
 def test_masks_of_attention_are_no_damage():
@@ -322,77 +314,19 @@ def test_masks_of_attention_are_no_damage():
     fit_checkpoint(model, model.state_dict(), 'a.pth')
 
 
-def test_tensor_that_stands_twice_is_refused():
-    state = detector(num_classes=2).state_dict()
-    state['module.backbone.tokenizer.block.0.weight'] = torch.zeros(1)
-    with pytest.raises(ValueError, match='twice'):
-        fit_checkpoint(detector(num_classes=2), state, 'a.pth')
-
-
-@pytest.mark.parametrize(
-    'switches',
-    [
-        dict(conv_stage=False),
-        dict(conv_downsample=False, depthwise_conv=False),
-        dict(conv_stage=False, conv_downsample=False, depthwise_conv=False),
-    ],
-)
-def test_switches_that_differ_are_named(tmp_path, switches):
-    torch.save(ConvMLP(TINY).state_dict(), tmp_path / 'on.pth')
-    torch.save(ConvMLP(TINY, **switches).state_dict(), tmp_path / 'off.pth')
-    on, off = (', '.join(f'{k}={v}' for k in switches) for v in (True, False))
-    with pytest.raises(
-        ValueError, match=rf'file is {on}; the configuration says {off}$'
-    ):
-        build(tmp_path / 'on.pth', **switches).init_weights()
-    with pytest.raises(
-        ValueError, match=rf'file is {off}; the configuration says {on}$'
-    ):
-        build(tmp_path / 'off.pth').init_weights()
-
-
-def save_of_timm(path):
-    state = {f'module.{k}': v for k, v in ConvMLP(TINY).state_dict().items()}
-    average = {k.removeprefix('module.'): v + 1 for k, v in state.items()}
-    args = argparse.Namespace(model='convmlp_s', opt=os.path)
-    args.opt = argparse.ArgumentError
-    content = dict(epoch=3, args=args, state_dict=state, state_dict_ema=average)
-    torch.save(content, path)
-    return state, average
-
-
-def test_file_of_timm_is_refused_with_a_way_out(tmp_path, tool):
+def test_file_of_timm_is_read_and_its_options_are_data(tmp_path, tool):
     path, out = tmp_path / 'last.pth.tar', tmp_path / 'out.pth'
-    state, average = save_of_timm(path)
-    words = r'allowed: argparse\.Namespace; tools/convert_weights.py takes the tens'
-    with pytest.raises(ValueError, match=words):
-        build(path).init_weights()
+    model = ConvMLP(TINY)
+    state = {f'module.{key}': value + 1 for key, value in model.state_dict().items()}
+    args = argparse.Namespace(model='convmlp_s', opt=dict(lr=[0.1]))
+    torch.save(dict(epoch=3, args=args, state_dict=state), path)
+    read = read_checkpoint(path)['args']
+    assert isinstance(read, argparse.Namespace) and vars(read) == vars(args)
+    build(path).init_weights()
     done = tool('convert_weights.py', path, out, '--to', 'published')
-    assert done.stdout == (
-        f"wrote {out}: {len(state)} tensors, layout 'published', taken from "
-        "'state_dict', not from state_dict_ema\n"
-        'left out: objects of argparse.Namespace, argparse.ArgumentError\n'
-    )
+    assert done.stdout == f"wrote {out}: {len(state)} tensors, layout 'published'\n"
     read = torch.load(out, weights_only=True)
-    assert all(
-        torch.equal(read[k.removeprefix('module.')], v) for k, v in state.items()
-    )
-    options = ['--to', 'published', '--overwrite', '--key', 'state_dict_ema']
-    assert tool('convert_weights.py', path, out, *options).returncode == 0
-    read = torch.load(out, weights_only=True)
-    assert all(torch.equal(read[key], value) for key, value in average.items())
-    build(out).init_weights()
-    done = tool('convert_weights.py', path, tmp_path / 'b.pth', '--key', 'ema')
-    assert (
-        "has no dict 'ema', but epoch, args, state_dict, state_dict_ema" in done.stderr
-    )
-
-
-def test_content_that_is_taken_is_said(tmp_path, capsys):
-    model = detector(num_classes=2)
-    content = dict(state_dict=model.state_dict(), state_dict_ema=model.state_dict())
-    _, message = fit_checkpoint(model, content, 'a.pth')
-    assert message.endswith("taken from 'state_dict', not from state_dict_ema")
+    assert all(torch.equal(read[k.removeprefix('module.')], state[k]) for k in state)
 
 
 class Canary:
@@ -410,29 +344,26 @@ def test_conversion_runs_nothing(tmp_path, tool):
     canary, path = tmp_path / 'canary', tmp_path / 'a.pth'
     torch.save(dict(state_dict=state, meta=dict(x=Canary(canary))), path)
     done = tool('convert_weights.py', path, tmp_path / 'b.pth')
-    assert done.returncode == 0
-    assert done.stdout.endswith('left out: objects of posix.mkdir\n')
-    assert not canary.exists()
-    assert torch.load(tmp_path / 'b.pth', weights_only=True)['meta'] == {}
-
-
-@pytest.mark.parametrize('kind', ['int8', 'inf', 'nan'])
-def test_spoilt_weights_are_neither_converted_nor_published(tmp_path, tool, kind):
-    path, out = tmp_path / 'a.pth', tmp_path / 'b.pth'
-    torch.save(spoilt(ConvMLP(TINY).state_dict(), WEIGHT, kind), path)
-    done = tool('convert_weights.py', path, out)
-    assert done.returncode == 2
-    assert "a.pth' cannot be used: 1 " in done.stderr and WEIGHT in done.stderr
-    if kind != 'int8':
-        done = tool('publish_model.py', path, out)
-        assert done.returncode == 2 and WEIGHT in done.stderr
+    assert done.returncode == 2 and 'not allowed: posix.mkdir' in done.stderr
     assert os.listdir(tmp_path) == ['a.pth']
 
 
-def test_expanded_tensor_is_published_without_its_copies(tmp_path, tool):
+@pytest.mark.parametrize('kind', ['inf', 'nan'])
+def test_spoilt_weights_are_neither_converted_nor_published(tmp_path, tool, kind):
+    path, out = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    torch.save(spoilt(ConvMLP(TINY).state_dict(), WEIGHT, kind), path)
+    for name in ('convert_weights.py', 'publish_model.py'):
+        done = tool(name, path, out)
+        assert done.returncode == 2
+        assert "a.pth' cannot be used: 1 with NaN or Inf: " in done.stderr
+        assert WEIGHT in done.stderr
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_expanded_tensor_is_refused(tmp_path, tool):
     torch.save({'a': torch.zeros(1).expand(2**40)}, tmp_path / 'a.pth')
     done = tool('publish_model.py', tmp_path / 'a.pth', tmp_path / 'b.pth')
-    assert done.returncode in (0, 2)
+    assert done.returncode == 2 and 'without data: a' in done.stderr
 
 
 # Runs

@@ -21,15 +21,12 @@ from reference import (
     draw_image,
     published_outputs,
 )
-from safetensors.torch import save_file
 from torch import nn
 
 from convmlp_mm import ConvMLP, get_model
 from convmlp_mm.checkpoint import (
     ROOT,
-    describe_arch,
     fit_checkpoint,
-    match,
     read_checkpoint,
     to_mm_layout,
     to_published_layout,
@@ -104,14 +101,17 @@ def test_stages_that_are_not_built_are_skipped(published, save, out_indices):
 @pytest.mark.parametrize('key', [None, 'state_dict', 'model'])
 def test_prefix_and_nesting_are_found(published, save, prefix, given, key):
     state = {prefix + k: v for k, v in published.items()}
-    state['neck.lateral_convs.0.conv.weight'] = torch.rand(3)
+    if 'backbone' in prefix:
+        state[prefix.replace('backbone', 'neck') + 'conv.weight'] = torch.rand(3)
     model = build(save({key: state} if key else state), prefix if given else None)
     model.init_weights()
     assert_loaded(model, published)
 
 
 def test_prefix_that_matches_nothing_raises(published, save):
-    with pytest.raises(ValueError, match=r"prefix 'encoder\.'.*tokenizer\.block\.0"):
+    with pytest.raises(
+        ValueError, match=r'the 0 in the file, 81 missing: tokenizer\.block\.0'
+    ):
         build(save(published), 'encoder').init_weights()
 
 
@@ -156,34 +156,14 @@ def test_unknown_tensors_are_named(published, save):
         build(save(published)).init_weights()
 
 
-def test_match_compares_names_and_shapes_and_decides_nothing():
-    one, two = torch.zeros(1), torch.zeros(2)
-    result = match(
-        dict(a=one, b=two, c=one), dict(a=one, b=one, d=one, num_batches_tracked=one)
-    )
-    assert result.loaded == dict(a=one)
-    assert list(result.misshapen) == ['b'] and '(2,) in' in result.misshapen['b']
-    assert (result.missing, result.unknown) == (['d'], ['c'])
-    result.skip('left out', ['b', 'c', 'd'])
-    assert not (result.missing or result.unknown or result.misshapen)
-    assert result.skipped == {'left out': ['b', 'c', 'd']}
-
-
 def test_file_of_another_arch_is_refused_and_named(published, save):
-    custom = r"The file is a custom ConvMLP \({'tokenizer_channels': 8.*"
-    with pytest.raises(ValueError, match=custom + 'configuration says ConvMLP-S$'):
+    with pytest.raises(ValueError, match='of another shape: tokenizer'):
         build(save(published), arch='s').init_weights()
     medium = {f'backbone.{k}': v for k, v in ConvMLP('m').state_dict().items()}
-    message = 'The file is ConvMLP-M; the configuration says ConvMLP-L$'
-    with pytest.raises(ValueError, match=message):
-        build(save(dict(state_dict=medium)), arch='l').init_weights()
-
-
-@pytest.mark.parametrize('arch', ['s', 'm', 'l', TINY])
-def test_architecture_is_read_off_the_tensors(arch):
-    model = ConvMLP(arch)
-    assert describe_arch(model.state_dict()) == model.arch
-    assert describe_arch({'layer1.weight': torch.rand(1)}) is None
+    for arch, said in (('l', 'ConvMLP-L'), (TINY, 'a custom ConvMLP')):
+        message = f'The file is ConvMLP-M; the configuration says {said}$'
+        with pytest.raises(ValueError, match=message):
+            build(save(dict(state_dict=medium)), arch=arch).init_weights()
 
 
 def test_missing_counters_of_old_files_are_no_error(published, save):
@@ -224,17 +204,6 @@ def test_truncated_file_is_refused(published, save):
     path = save(published)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r'weights\.pth.*cut short'):
-        read_checkpoint(path)
-
-
-def test_safetensors_are_read(published, tmp_path):
-    path = tmp_path / 'weights.safetensors'
-    save_file({k: v.contiguous() for k, v in published.items()}, path)
-    model = build(path)
-    model.init_weights()
-    assert_loaded(model, published)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match='is not a file of plain weights'):
         read_checkpoint(path)
 
 
@@ -309,11 +278,7 @@ def test_download_is_checked_against_the_hash_in_its_name(published, save, serve
     with pytest.raises(ValueError, match=f'SHA-256 {digest}, but 0badc0de is expected'):
         read_checkpoint(f'{url}/{names[False]}')
     assert read_checkpoint(f'{url}/{names[True]}').keys() == published.keys()
-    (cached,) = cache.iterdir()
-    # Somebody else may have written to the cache.
-    cached.write_bytes(b'else')
-    with pytest.raises(ValueError, match='damaged or another file'):
-        read_checkpoint(f'{url}/{names[True]}')
+    assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -452,7 +417,8 @@ def test_mirror_stands_in_for_the_server(published, save, monkeypatch, tmp_path)
     model = build(f'{ROOT}weights.pth')
     model.init_weights()
     assert_loaded(model, published)
-    with pytest.raises(FileNotFoundError, match='other.pth.*CONVMLP_WEIGHTS is set'):
+    missing = tmp_path / 'detection' / 'other.pth'
+    with pytest.raises(FileNotFoundError, match=f"'{missing}' does not exist"):
         read_checkpoint(f'{ROOT}detection/other.pth')
 
 
@@ -508,17 +474,15 @@ def same(a, b):
     return type(a) is type(b) and a == b
 
 
-def test_conversion_of_detectors_there_and_back_changes_no_bit(published_dense):
+def test_conversion_of_detectors_changes_no_bit(published_dense):
     _, _, content = published_dense
     there = to_mm_layout(content)
     assert there.keys() == {'state_dict', 'meta'}
     assert there['meta']['dataset_meta']['classes'] == content['meta']['CLASSES']
     assert same(there['state_dict'], dict(content['state_dict']))
-    back = to_published_layout(there)
-    assert same(back['state_dict'], dict(content['state_dict']))
-    assert back['meta'] == content['meta']
-    assert same(to_mm_layout(back), there)
     assert same(to_mm_layout(there), there)
+    with pytest.raises(ValueError, match='only classifiers have other names'):
+        to_published_layout(there)
 
 
 @pytest.mark.parametrize('arch', 'sml')

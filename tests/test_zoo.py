@@ -123,7 +123,7 @@ def test_configuration_is_found_by_name_or_path(name):
 
 @pytest.mark.parametrize('name', ['retinet_s', '../setup', '_base_', ''])
 def test_unknown_configuration_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match='no configuration .*retinanet_convmlp_s.py'):
+    with pytest.raises(ValueError, match='no configuration .*retinanet_convmlp_s'):
         convmlp_mm.config_path(name)
 
 
@@ -281,7 +281,7 @@ def test_inferencer_takes_collate_fn_as_the_runner_does(image):
     'name, params, classes',
     [
         (str(ROOT / 'configs' / 'convmlp_s_imagenet.py'), 9022920, 1000),
-        ('convmlp_mm::ablation/pure_mlp_100e.py', 7877960, 1000),
+        ('ablation/pure_mlp_100e.py', 7877960, 1000),
         ('mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512', 28514806, 150),
         ('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 21410100, 80),
         ('timm::resmlp_12_224', 15350872, 1000),
@@ -295,18 +295,16 @@ def test_models_are_built_from_files_names_and_other_packages(name, params, clas
 
 
 @pytest.mark.parametrize(
-    'name, fragment',
+    'name, words',
     [
-        ('mmdet::retinanet/r18', 'retinanet_r18_fpn_1x_coco.py'),
-        ('mmdet::retina/r18', 'mask_rcnn'),
-        ('timm::resmlp_1', 'resmlp_12_224'),
-        ('keras::resnet', 'mmpretrain::'),
+        ('mmdet::retinanet/r18', "mmdet has no configuration 'retinanet/r18' in "),
+        ('timm::resmlp_1', "timm has no model 'resmlp_1'"),
+        ('keras::resnet', "no configuration 'keras::resnet'; there are the models"),
     ],
 )
-def test_unknown_names_of_other_packages_are_refused(name, fragment):
-    with pytest.raises(ValueError, match=name.rpartition('::')[2]) as error:
+def test_unknown_names_of_other_packages_are_refused(name, words):
+    with pytest.raises(ValueError, match=words):
         find_config(name)
-    assert fragment in str(error.value)
 
 
 def test_weights_of_other_models_are_loaded_as_strictly(tmp_path):

@@ -1,27 +1,20 @@
 #!/usr/bin/env python
 """Convert weights between the authors' files and the layout of today's toolkits.
 
-For classifiers the names differ; detectors and segmentors of mmdetection 2.x and
-mmsegmentation 0.x differ in what stands beside the weights. Tensors are copied bit by
-bit. No tool of this package needs it: they all read both layouts.
-
-Files that hold objects beside tensors, as timm's with their options, are refused by all
-other tools. This one reads them too, without what the objects are or do.
+For classifiers, which can be converted back, the names differ; for detectors and
+segmentors what stands beside the weights. Tensors are copied bit by bit. No tool of
+this package needs it: they all read both layouts.
 """
 
 import argparse
 import os.path as osp
-from collections.abc import Mapping
 
 from convmlp_mm.checkpoint import (
-    CheckpointError,
-    check_content,
     check_output,
     check_tensors,
     dump_checkpoint,
     name_as_model,
     read_checkpoint,
-    say_taken,
     to_mm_layout,
     to_published_layout,
     write_file,
@@ -38,33 +31,15 @@ def main() -> None:
     add('out', type=osp.expanduser, help='file to write')
     text = 'as mmpretrain, mmdet and mmseg save it (mm, the default), or the authors'
     add('--to', choices=LAYOUTS, default='mm', help=text)
-    text = 'take the tensors under this key, as state_dict_ema, where timm averages'
-    add('--key', help=f'{text} (default: state_dict or model)')
     add('--overwrite', action='store_true', help='replace OUT if it is there')
-    args, skipped = parser.parse_args(), []
+    args = parser.parse_args()
     with one_line_errors():
         check_output(args.out, args.overwrite)
-        checkpoint = read_checkpoint(args.checkpoint, skipped=skipped)
-        if args.key:
-            if not isinstance(checkpoint.get(args.key), Mapping):
-                raise KeyError(
-                    f'checkpoint {args.checkpoint!r} has no dict {args.key!r}, but '
-                    f'{", ".join(checkpoint)}'
-                )
-            checkpoint = dict(checkpoint, state_dict=checkpoint.pop(args.key))
-            check_content(checkpoint, args.checkpoint)
-        try:
-            converted = LAYOUTS[args.to](checkpoint)
-            check_tensors(name_as_model(converted), args.checkpoint)
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise ValueError(f'checkpoint {args.checkpoint!r}: {error}') from error
+        converted = LAYOUTS[args.to](read_checkpoint(args.checkpoint))
+        check_tensors(name_as_model(converted), args.checkpoint)
         write_file(args.out, dump_checkpoint(converted), args.overwrite)
-    count, taken = len(converted.get('state_dict', converted)), say_taken(checkpoint)
-    print(f'wrote {args.out}: {count} tensors, layout {args.to!r}{taken}')
-    if skipped:
-        print(f'left out: objects of {", ".join(dict.fromkeys(skipped))}')
+    count = len(converted.get('state_dict', converted))
+    print(f'wrote {args.out}: {count} tensors, layout {args.to!r}')
 
 
 if __name__ == '__main__':

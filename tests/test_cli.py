@@ -434,7 +434,7 @@ class Broken(Dataset):
         return 1
 
     def __getitem__(self, index):
-        check_annotations([], 'a.json')
+        check_annotations(dict(images=[dict(id=7), dict(id=7)]))
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -442,13 +442,13 @@ def test_what_is_wrong_stands_alone(capsys, workers):
     with pytest.raises(SystemExit) as stop, final_mistakes():
         next(iter(DataLoader(Broken(), num_workers=workers)))
     assert stop.value.code == 2
-    message = "error: annotation file 'a.json' must hold a dict, but holds a list\n"
+    message = 'error: ids stand twice in images: 7\n'
     said = capsys.readouterr().err
     assert said.endswith(message) and said.count('\n') == 1
 
 
 def test_errors_of_others_keep_their_trace():
-    for broken in (lambda: check_annotations({'images': 1}, []), lambda: int('x')):
+    for broken in (lambda: check_annotations({'images': 1}), lambda: int('x')):
         with pytest.raises((TypeError, ValueError)), final_mistakes():
             broken()
 

@@ -457,6 +457,16 @@ def test_another_number_of_processes_is_refused(tmp_path):
         run(tmp_path, resume=True)
 
 
+def test_processes_that_start_from_other_weights_are_refused(tmp_path, monkeypatch):
+    module = 'convmlp_mm.hooks.agreement'
+    monkeypatch.setattr(f'{module}.get_world_size', lambda: 3)
+    others = ['elsewhere', 'elsewhere']
+    monkeypatch.setattr(f'{module}.all_gather_object', lambda place: [place, *others])
+    found = r'rank 0: epoch 0, iteration 0, weights [0-9a-f]{8}; rank 1, 2: elsewhere'
+    with pytest.raises(RuntimeError, match=found):
+        run(tmp_path, seed=0)
+
+
 @pytest.mark.parametrize('stop', [(7,), (15, 'before_val_iter'), (18,)])
 def test_early_stopping_counts_on(tmp_path, stop):
     def train(folder, *hooks, resume=False):

@@ -130,10 +130,7 @@ def _compare_processes(runner: Runner) -> None:
         ranks[other].append(str(rank))
     if len(ranks) == 1:
         return
-    found = '; '.join(
-        f'rank{"s" * (len(members) > 1)} {", ".join(members)}: {other}'
-        for other, members in ranks.items()
-    )
+    found = '; '.join(f'rank {", ".join(r)}: {other}' for other, r in ranks.items())
     raise RuntimeError(
         f'the processes do not start from the same checkpoint ({found}): let all '
         'machines see the same work dir and load_from'

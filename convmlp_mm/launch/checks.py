@@ -298,11 +298,7 @@ def _check_classes(classes: object, names: list[str], path: str) -> None:
 
 @contextlib.contextmanager
 def naming_data() -> Iterator[None]:
-    """Name the files of a data set that a toolkit fails to read, or finds empty.
-
-    Raises:
-        ValueError: In place of the toolkit's error, which seldom does.
-    """
+    """Name the files of a data set that a toolkit fails to read, or finds empty."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -313,10 +309,9 @@ def naming_data() -> Iterator[None]:
             raise
         files = {'ann_file': dataset.ann_file, **(dataset.data_prefix or {})}
         files = ', '.join(f'{key} {path!r}' for key, path in files.items() if path)
+        what = f'cannot read its data ({files}): {error!r}'
         if 'load_data_list' not in owners and not dataset.data_list:
             what = f'has no images ({files}; filter_cfg is {dataset.filter_cfg})'
-        else:
-            what = f'cannot read its data ({files}): {type(error).__name__}: {error}'
         raise ValueError(f'{type(dataset).__name__} {what}') from error
 
 

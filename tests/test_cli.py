@@ -409,7 +409,7 @@ def test_only_what_the_scope_knows_is_named():
     assert cfg.x.type is ImageNet
 
 
-def test_loaders_without_workers_and_hooks_that_are_dropped_are_told(home, tool):
+def test_loaders_without_workers_train_and_hooks_that_are_dropped_are_told(home, tool):
     tiny.write_config(home / 'recipe.py', 'detector', home / 'data')
     keys = 'persistent_workers=True', 'prefetch_factor=4'
     options = [f'{s}_dataloader.{key}' for s in ('train', 'val') for key in keys]
@@ -419,8 +419,7 @@ def test_loaders_without_workers_and_hooks_that_are_dropped_are_told(home, tool)
     (home / 'child.py').write_text(f"_base_ = 'recipe.py'\ncustom_hooks = {hooks}\n")
     done = tool(*command, '--cfg-options', name, *options)
     assert done.returncode == 0, done.stderr
-    said = 'without workers, train_dataloader.persistent_workers, train_dataloader.pre'
-    assert done.stderr.count(said) == 1 and 'leaves out' not in done.stderr
+    assert 'leaves out' not in done.stderr
     command[1] = home / 'child.py'
     done = tool(*command, '--cfg-options', f'{name}_child')
     assert done.stderr.count('leaves out CheckWeightsHook, ChannelsLastHook') == 1
@@ -433,7 +432,7 @@ class Broken(Dataset):
         return 1
 
     def __getitem__(self, index):
-        check_annotations([], 'a.json')
+        check_annotations(dict(images=[dict(id=7), dict(id=7)]))
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -441,13 +440,13 @@ def test_what_is_wrong_stands_alone(capsys, workers):
     with pytest.raises(SystemExit) as stop, final_mistakes():
         next(iter(DataLoader(Broken(), num_workers=workers)))
     assert stop.value.code == 2
-    message = "error: annotation file 'a.json' must hold a dict, but holds a list\n"
+    message = 'error: ids stand twice in images: 7\n'
     said = capsys.readouterr().err
     assert said.endswith(message) and said.count('\n') == 1
 
 
 def test_errors_of_others_keep_their_trace():
-    for broken in (lambda: check_annotations({'images': 1}, []), lambda: int('x')):
+    for broken in (lambda: check_annotations({'images': 1}), lambda: int('x')):
         with pytest.raises((TypeError, ValueError)), final_mistakes():
             broken()
 

@@ -433,8 +433,7 @@ def test_steps_of_another_size_are_refused(tmp_path):
     with pytest.raises(ValueError) as info:
         change(tmp_path, 5)
     assert str(info.value).startswith(
-        'the run cannot be resumed with steps of another size '
-        '(batch size 2 before and 5 now)'
+        'the run cannot be resumed with another recipe (batch size 2 before and 5 now)'
     )
     assert 'epoch_2.pth' in str(info.value)
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob('*.pth')}
@@ -444,10 +443,20 @@ def test_another_number_of_processes_is_refused(tmp_path):
     run(tmp_path, StopAt(12), seed=0)
     path = tmp_path / 'epoch_2.pth'
     checkpoint = torch.load(path, weights_only=False)
-    checkpoint['meta']['step_size']['processes'] = 8
+    checkpoint['meta']['recipe']['processes'] = 8
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r'\(processes 8 before and 1 now\)'):
         run(tmp_path, resume=True)
+
+
+def test_processes_that_start_from_other_weights_are_refused(tmp_path, monkeypatch):
+    module = 'convmlp_mm.hooks.agreement'
+    monkeypatch.setattr(f'{module}.get_world_size', lambda: 3)
+    others = ['elsewhere', 'elsewhere']
+    monkeypatch.setattr(f'{module}.all_gather_object', lambda place: [place, *others])
+    found = r'rank 0: epoch 0, iteration 0, weights [0-9a-f]{8}; rank 1, 2: elsewhere'
+    with pytest.raises(RuntimeError, match=found):
+        run(tmp_path, seed=0)
 
 
 @pytest.mark.parametrize('stop', [(7,), (15, 'before_val_iter'), (18,)])

@@ -15,7 +15,6 @@ from mmengine.config import Config
 
 from convmlp_mm import get_model
 from convmlp_mm.hooks.data import WatchedPipeline, check_heads, check_neck
-from convmlp_mm.launch.checks import check_settings
 
 RNG = np.random.default_rng(1)
 # Some sizes at which rounding, padding and cropping go wrong.
@@ -131,17 +130,7 @@ def test_odd_data_train_and_validate(data, tmp_path, tool, kind):
     assert (work / 'epoch_1.pth').is_file()
     if kind == 'detector':
         log = done.stdout + done.stderr
-        assert '1 of 13 annotations are dropped, whose image_id images does not' in log
-        assert 'whose category_id categories does not have: 7' in log
-        assert "boxes.json': 1 of 11 boxes are smaller than a pixel and dropped" in log
-        assert '1 of 11 boxes lie outside their image and are dropped' in log
-        assert '2 of 11 boxes reach out of their image and are clipped' in log
-
-
-def test_whole_numbers_of_iterations_may_be_floats():
-    check_settings(Config(dict(train_cfg=dict(val_interval=57300.0))), ('train',))
-    with pytest.raises(ValueError, match='max_iters must be .*, but is 0.5'):
-        check_settings(Config(dict(train_cfg=dict(max_iters=0.5))), ('train',))
+        assert "boxes.json': 2 annotations are dropped, which are of images or" in log
 
 
 CLASSES = tuple(map(str, range(19)))
@@ -192,10 +181,8 @@ def test_neck_that_takes_the_maps_in_its_own_order_is_right():
         changes = dict(backbone=backbone, neck=neck)
         for change in changes.values():
             change['_delete_'] = True
-        return get_model('retinanet_convmlp_s', **changes).train()
+        return get_model('retinanet_convmlp_s', **changes)
 
-    right = model([16, 16, 8])
-    check_neck(right)
-    assert right.training and right.backbone.training
-    with pytest.raises(ValueError, match=r'in_channels is \[16, 8, 16\], but'):
-        check_neck(model([16, 8, 16]))
+    check_neck(model([16, 16, 8]))
+    with pytest.raises(ValueError, match=r'in_channels is \[16, 8, 8\], but'):
+        check_neck(model([16, 8, 8]))

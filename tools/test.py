@@ -80,8 +80,9 @@ def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
         cfg = prepare(args)
-    if args.check:
-        return
+        if args.check:
+            return
+        os.makedirs(cfg.work_dir, exist_ok=True)
     with launch.final_mistakes(), launch.closing_group(), launch.naming_data():
         runner = launch.build_runner(cfg)
         if args.out:

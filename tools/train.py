@@ -46,16 +46,11 @@ def parse_args() -> argparse.Namespace:
 def choose_bfloat16(wrapper: ConfigDict) -> None:
     """Set the only mixed precision of a CPU where it is faster than float32."""
     if has_bfloat16():
-        wrapper.dtype = wrapper.get('dtype') or 'bfloat16'
-    dtype = wrapper.get('dtype')
-    if dtype is None:
+        wrapper.setdefault('dtype', 'bfloat16')
+    if wrapper.get('dtype') != 'bfloat16':
         raise ValueError(
-            '--amp on the CPU trains in bfloat16, in which this processor does not '
-            'compute: --cfg-options optim_wrapper.dtype=bfloat16 emulates it'
-        )
-    if dtype != 'bfloat16':
-        raise ValueError(
-            f'--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is {dtype}'
+            '--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is '
+            f'{wrapper.get("dtype")}; bfloat16 is slow where the processor has it not'
         )
 
 

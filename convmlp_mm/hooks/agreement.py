@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from mmengine.dist import all_gather_object, get_world_size
@@ -11,12 +12,13 @@ from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..checkpoint import some_of
 from ._mmengine import accumulative_counts, is_resumed, load_from
 
 __all__ = ['AgreementHook', 'steps_of']
 
-# Keys in the meta of a checkpoint.
-STEPS, SAMPLES, TYPES = 'step_size', 'training_samples', 'recipe_types'
+# The key in the meta of a checkpoint for what its states do not say.
+KEY = 'recipe'
 # Attributes of a scheduler that say how far it is, not what its configuration says.
 PROGRESS = ('base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs')
 
@@ -42,7 +44,7 @@ class AgreementHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note in ``meta`` what the states in the checkpoint do not say."""
-        checkpoint['meta'].update(_note(runner))
+        checkpoint['meta'][KEY] = _note(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare a checkpoint that is resumed with the configuration.
@@ -52,34 +54,29 @@ class AgreementHook(Hook):
         """
         if not is_resumed(runner):
             return
-        meta, note = checkpoint.get('meta') or {}, _note(runner)
-        samples = ({k: d[k] for k in (SAMPLES,) if k in d} for d in (meta, note))
-        changes = {
-            'steps of another size': _changes(meta.get(STEPS), note[STEPS]),
-            'a training set of another length': _changes(*samples),
-        }
-        ends = []
+        before, now = (checkpoint.get('meta') or {}).get(KEY) or {}, _note(runner)
         if 'optimizer' in checkpoint:
-            saved = _listed(checkpoint.get('param_schedulers'))
-            states = [s.state_dict() for s in _listed(runner.param_schedulers)]
-            before = _recipe(checkpoint['optimizer'], saved)
-            now = _recipe(runner.optim_wrapper.state_dict(), states)
-            recipe = _changes(meta.get(TYPES), note[TYPES]) + _changes(before, now)
-            ends = [change for change in recipe if '.end ' in change]
-            changes['another recipe'] = [c for c in recipe if c not in ends]
-        named = [f'{what} ({_shorten(c)})' for what, c in changes.items() if c]
+            schedulers = _listed(runner.param_schedulers)
+            states = [scheduler.state_dict() for scheduler in schedulers]
+            now.update(_settings(runner.optim_wrapper.state_dict(), states))
+            states = _listed(checkpoint.get('param_schedulers'))
+            before = {**before, **_settings(checkpoint['optimizer'], states)}
+        changes = list(_changes(before, now))
+        # Where a schedule ends follows from the length of the run.
+        ends = [change for change in changes if '.end ' in change]
+        refused = [change for change in changes if change not in ends]
         another = (
             'begin another from its weights, in another --work-dir, without --resume '
             f'and with --cfg-options load_from={load_from(runner)}'
         )
-        if named:
+        if refused:
             raise ValueError(
-                f'the run cannot be resumed with {" and ".join(named)}: resume it as '
-                f'it was, or {another}'
+                f'the run cannot be resumed with another recipe ({some_of(refused)}): '
+                f'resume it as it was, or {another}'
             )
         if ends:
             runner.logger.warning(
-                f'The schedule of the checkpoint goes on ({_shorten(ends)}): after '
+                f'The schedule of the checkpoint goes on ({some_of(ends)}): after '
                 f'its end, the values stay. For that of the configuration, {another}'
             )
 
@@ -101,12 +98,7 @@ class AgreementHook(Hook):
 
 
 def steps_of(runner: Runner) -> dict[str, int]:
-    """Return what the size of an optimizer step follows from.
-
-    Returns:
-        dict[str, int]: Number of processes, samples in the batch of each, and batches
-        that are accumulated.
-    """
+    """Return the numbers that the size of an optimizer step follows from."""
     loader = runner.train_dataloader
     sizes = (getattr(s, 'batch_size', None) for s in (loader, loader.batch_sampler))
     return dict(
@@ -118,15 +110,14 @@ def steps_of(runner: Runner) -> dict[str, int]:
 
 def _note(runner: Runner) -> dict[str, object]:
     """Return what a resumed run must have as before, and no state says."""
-    wrappers = runner.optim_wrapper
-    wrappers = wrappers.values() if hasattr(wrappers, 'values') else [wrappers]
-    dataset = runner.train_dataloader.dataset
-    types = dict(
-        optimizer=[type(getattr(w, 'optimizer', w)).__name__ for w in wrappers],
-        param_scheduler=[type(s).__name__ for s in _listed(runner.param_schedulers)],
+    dataset, wrapper = runner.train_dataloader.dataset, runner.optim_wrapper
+    schedulers = _listed(runner.param_schedulers)
+    return dict(
+        **steps_of(runner),
+        training_samples=len(dataset) if hasattr(dataset, '__len__') else None,
+        optimizer=type(getattr(wrapper, 'optimizer', wrapper)).__name__,
+        param_scheduler=[type(scheduler).__name__ for scheduler in schedulers],
     )
-    samples = len(dataset) if hasattr(dataset, '__len__') else None
-    return {STEPS: steps_of(runner), SAMPLES: samples, TYPES: types}
 
 
 def _compare_processes(runner: Runner) -> None:
@@ -139,10 +130,7 @@ def _compare_processes(runner: Runner) -> None:
         ranks[other].append(str(rank))
     if len(ranks) == 1:
         return
-    found = '; '.join(
-        f'rank{"s" * (len(members) > 1)} {", ".join(members)}: {other}'
-        for other, members in ranks.items()
-    )
+    found = '; '.join(f'rank {", ".join(r)}: {other}' for other, r in ranks.items())
     raise RuntimeError(
         f'the processes do not start from the same checkpoint ({found}): let all '
         'machines see the same work dir and load_from'
@@ -158,53 +146,37 @@ def _checksum(model: torch.nn.Module) -> int:
     return checksum
 
 
-def _listed(schedulers: list | dict | None) -> list:
-    """Return the schedulers of all optimizers, or their states."""
-    groups = schedulers.values() if isinstance(schedulers, dict) else [schedulers or []]
-    return [scheduler for group in groups for scheduler in group]
+def _listed(schedulers: object) -> list:
+    """Return schedulers, or their states; none of a run with several optimizers."""
+    return schedulers if isinstance(schedulers, list) else []
 
 
-def _recipe(optimizer: dict, schedulers: list) -> dict[str, object]:
+def _settings(optimizer: dict, schedulers: list) -> dict[str, object]:
     """Take out of states what the configuration has said."""
-    parts = {'': optimizer} if 'param_groups' in optimizer else optimizer
-    recipe = {}
-    for name, part in parts.items():
-        groups = part.get('param_groups', [])
-        recipe[f'{name} parameters'.strip()] = [len(g['params']) for g in groups]
-        for key in {k: 0 for group in groups for k in group}:
-            if key == 'params' or key.startswith('initial_'):
-                continue
-            if key == 'betas' and 'initial_momentum' in groups[0]:
-                # A schedule of the momentum changes the first of them.
-                values = [group[key][1:] for group in groups]
-            else:
-                values = [g.get(f'initial_{key}', g.get(key)) for g in groups]
-            recipe[f'{name} {key}'.strip()] = values
+    groups = optimizer.get('param_groups', [])
+    settings = {'parameters': [len(group['params']) for group in groups]}
+    for key in groups[0] if groups else ():
+        if key == 'params' or key.startswith('initial_'):
+            continue
+        if key == 'betas' and 'initial_momentum' in groups[0]:
+            # A schedule of the momentum changes the first of them.
+            settings[key] = [group[key][1:] for group in groups]
+        else:
+            settings[key] = [g.get(f'initial_{key}', g.get(key)) for g in groups]
     for i, state in enumerate(schedulers):
         for key, value in state.items():
             if not key.startswith('_') and key not in PROGRESS and not callable(value):
-                recipe[f'param_scheduler.{i}.{key}'] = value
-    return recipe
+                settings[f'param_scheduler.{i}.{key}'] = value
+    return settings
 
 
-def _shorten(changes: list[str]) -> str:
-    more = f' and {len(changes) - 5} more' if len(changes) > 5 else ''
-    return ', '.join(changes[:5]) + more
-
-
-def _changes(before: dict | None, now: dict) -> list[str]:
+def _changes(before: dict, now: dict) -> Iterator[str]:
     """Name what differs, of lists of one length the first items that do."""
-    before, changes = before if isinstance(before, dict) else {}, []
-    lost, new = (sorted(a.keys() - b.keys()) for a, b in ((before, now), (now, before)))
-    # Those of one side alone may be of another version.
-    if lost and new:
-        changes.append(f'{", ".join(lost)} before and {", ".join(new)} now')
+    # What one side alone has may be of another version.
     for key in [key for key in now if key in before]:
-        pair = before[key], now[key]
-        a, b = (list(v) if isinstance(v, tuple) else v for v in pair)
+        a, b = before[key], now[key]
         if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
             a, b = next(((x, y) for x, y in zip(a, b) if x != y), (a, b))
         if a != b:
             name = key if '.' in key else key.replace('_', ' ')
-            changes.append(f'{name} {a!s:.40} before and {b!s:.40} now')
-    return changes
+            yield f'{name} {a!s:.40} before and {b!s:.40} now'

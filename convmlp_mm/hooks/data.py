@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os.path as osp
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from mmengine.dataset import Compose
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -14,14 +14,16 @@ from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from ..checkpoint import some_of
 from ..convmlp import ConvMLP
 from .model import unwrap_model
 
 __all__ = ['CheckDataHook', 'check_heads', 'check_neck', 'walk_datasets']
 
 # Places where the models of the three toolkits have what predicts the classes.
-HEADS = ('head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head')
-HEADS += ('roi_head.bbox_head', 'roi_head.mask_head')
+HEADS = re.compile(
+    r'(head|(decode|auxiliary|bbox|mask|roi_head\.bbox|roi_head\.mask)_head)(\.\d+)?'
+)
 # Models with one of these compare with texts and have no classes of their own.
 TEXT_PARTS = ('language_model', 'text_encoder')
 # The bytes that whole files of these formats begin and end with.
@@ -32,11 +34,11 @@ def walk_datasets(dataset: object, key: str = 'dataset') -> Iterator[tuple]:
     """Find the data sets in wrappers such as RepeatDataset and ConcatDataset.
 
     Args:
-        dataset (object): A data set, or its section of a configuration.
-        key (str): Its name in the configuration.
+        dataset: A data set, or its section of a configuration.
+        key: Its name in the configuration.
 
     Yields:
-        tuple[str, object]: Name and data set, or section, of each that wraps no other.
+        Name and data set, or section, of each that wraps no other.
     """
     get = type(dataset).get if isinstance(dataset, dict) else getattr
     several = get(dataset, 'datasets', None) or []
@@ -108,58 +110,39 @@ def _classes(dataset: object, key: str) -> list[str]:
 
 
 def check_neck(model: nn.Module) -> None:
-    """Check that the neck takes the channels that a ConvMLP gives.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Raise a ValueError if the neck takes other channels than a ConvMLP gives."""
     backbone = getattr(model, 'backbone', None)
     taken = getattr(getattr(model, 'neck', None), 'in_channels', None)
     if not isinstance(backbone, ConvMLP) or not isinstance(taken, (list, tuple)):
         return
-    if tuple(taken) == tuple(backbone.out_channels):
-        return
-    # Some necks take the maps in another order, of which only a trial tells.
-    training, image = model.training, torch.zeros(1, backbone.in_channels, 128, 128)
-    model.eval()
-    try:
-        with torch.no_grad():
-            model.neck(backbone(image.to(next(backbone.parameters()).device)))
-    except (RuntimeError, AssertionError, IndexError) as error:
+    # Some necks take the maps in another order.
+    if sorted(taken) != sorted(backbone.out_channels):
         raise ValueError(
             f'model.neck.in_channels is {list(taken)}, but the backbone gives '
             f'{list(backbone.out_channels)} channels'
-        ) from error
-    finally:
-        model.train(training)
+        )
 
 
 def check_heads(model: nn.Module, classes: list, dataset: object, key: str) -> None:
-    """Check that the heads have as many classes as a data set, called ``key``.
+    """Raise a ValueError if a head has other classes than a data set, called ``key``.
 
-    Raises:
-        ValueError: If a head has another number, and not that of ``thing_classes``.
+    Heads may have the number of ``thing_classes`` of panoptic data.
     """
     if not classes or any(getattr(model, name, None) for name in TEXT_PARTS):
         return
-    # Some heads see only the things of panoptic data.
     things = (getattr(dataset, 'metainfo', None) or {}).get('thing_classes')
     allowed = {len(classes), len(things or classes)}
-    for path in HEADS:
-        head = model
-        for name in path.split('.'):
-            head = getattr(head, name, None)
-        for part in head if isinstance(head, nn.ModuleList) else [head]:
-            # The two classes of this one are edges and the rest.
-            if type(part).__name__ == 'STDCHead':
-                continue
-            number = getattr(part, 'num_classes', None)
-            if isinstance(number, int) and number not in allowed:
-                names = ', '.join(classes[:5]) + (', ...' if classes[5:] else '')
-                raise ValueError(
-                    f'model.{path}.num_classes is {number}, but {key} '
-                    f'({type(dataset).__name__}) has {len(classes)} classes: {names}'
-                )
+    for path, head in model.named_modules():
+        # The two classes of STDCHead are edges and the rest.
+        if not HEADS.fullmatch(path) or type(head).__name__ == 'STDCHead':
+            continue
+        number = getattr(head, 'num_classes', None)
+        if isinstance(number, int) and number not in allowed:
+            raise ValueError(
+                f'model.{path}.num_classes is {number}, but {key} '
+                f'({type(dataset).__name__}) has {len(classes)} classes: '
+                f'{some_of(classes)}'
+            )
 
 
 class WatchedPipeline(Compose):
@@ -179,9 +162,8 @@ class WatchedPipeline(Compose):
 
     def _run(self, transform: Callable, results: dict) -> dict | None:
         kinds = {kind.__name__ for kind in type(transform).__mro__}
-        loads_image, loads_labels = (
-            f'Load{what}' in kinds for what in ('ImageFromFile', 'Annotations')
-        )
+        loads_image = 'LoadImageFromFile' in kinds
+        loads_labels = 'LoadAnnotations' in kinds
         # Transforms change the results.
         source = _describe(results)
         path = results.get('img_path' if loads_image else 'seg_map_path')
@@ -194,7 +176,11 @@ class WatchedPipeline(Compose):
             raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
         if results is not None and loads_image:
             _check_image(results, self.num_classes)
-        if results is not None and loads_labels:
+        if (
+            results is not None
+            and results.get('gt_seg_map') is not None
+            and loads_labels
+        ):
             _check_label_map(results, self.num_classes, self.ignored)
         return results
 
@@ -217,8 +203,7 @@ def _explain(error: Exception, path: str | None) -> str:
         if isinstance(error, (AssertionError, UnidentifiedImageError)):
             return 'it is damaged or no image'
     # The err of a cv2.error leaves out the line of OpenCV's source.
-    reason = getattr(error, 'err', None) or str(error) or type(error).__name__
-    return ' '.join(str(reason).split())
+    return ' '.join(str(getattr(error, 'err', error)).split()) or repr(error)
 
 
 def _check_image(results: dict, num_classes: int) -> None:
@@ -226,9 +211,9 @@ def _check_image(results: dict, num_classes: int) -> None:
     path = results.get('img_path')
     if isinstance(path, str) and osp.isfile(path):
         _check_whole(path)
-    said = results.get('height'), results.get('width')
-    if None not in said and said != tuple(results['ori_shape']):
-        height, width = results['ori_shape']
+    height, width = results['ori_shape']
+    said = results.get('height', height), results.get('width', width)
+    if said != (height, width):
         raise ValueError(
             f'image {path!r} has {width}x{height} pixels, but {said[1]}x{said[0]} '
             'by its annotations'
@@ -259,10 +244,8 @@ def _check_whole(path: str) -> None:
 
 def _check_label_map(results: dict, num_classes: int, ignored: int) -> None:
     """Check the size of a label map and the numbers in it."""
-    labels = results.get('gt_seg_map')
-    if labels is None:
-        return
-    path, shape = results.get('seg_map_path'), tuple(results['ori_shape'])
+    labels, shape = results['gt_seg_map'], tuple(results['ori_shape'])
+    path = results.get('seg_map_path')
     if 1 in shape and labels.size == np.prod(shape):
         # mmseg squeezes those that are one pixel high or wide.
         labels = results['gt_seg_map'] = labels.reshape(shape)

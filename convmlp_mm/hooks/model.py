@@ -70,8 +70,7 @@ class CheckWeightsHook(Hook):
         """Change the checkpoint in place.
 
         Raises:
-            ValueError: See :func:`convmlp_mm.checkpoint.fit_checkpoint`, and if a run
-                cannot be resumed from it.
+            ValueError: If it does not fit the model or cannot be resumed from.
         """
         # mmengine, too, takes what is noted in the work dir if nothing is named.
         name = load_from(runner) or named_checkpoint(runner.work_dir) or ''
@@ -87,10 +86,10 @@ class CheckWeightsHook(Hook):
                 raise CheckpointError(message) from error
             # EMAHook has saved the average as the one, and the model as the other.
             for key in ('state_dict', 'ema_state_dict'):
-                # The count of EMAHook is no weight.
-                weights = dict(checkpoint.get(key) or {}, steps=None)
-                del weights['steps']
                 if key in checkpoint:
+                    weights = dict(checkpoint[key] or {})
+                    # The count of EMAHook is no weight.
+                    weights.pop('steps', None)
                     fit_checkpoint(model, dict(state_dict=weights), name, exact=True)
             keep_own_files(runner, checkpoint['message_hub']['runtime_info'], name)
             return
@@ -131,11 +130,7 @@ def needs_contiguous(model: nn.Module) -> str | None:
     a map as if it were contiguous: some refuse any other layout, most compute wrong
     values without a word. Other heads call ``view``, which fails.
 
-    Args:
-        model (nn.Module): A model of mmpretrain, mmdet or mmseg.
-
-    Returns:
-        str | None: The class, or None if every part takes any layout.
+    None stands for a model all of whose parts do.
     """
     parts = {'': model, **dict(model.named_children())}
     for name, part in parts.items():
@@ -149,14 +144,10 @@ def needs_contiguous(model: nn.Module) -> str | None:
 
 
 def operator_of_mmcv(model: nn.Module) -> str | None:
-    """Name the first of mmcv's operators in a model, such as ``'mmcv.RoIAlign'``.
-
-    They take contiguous maps only. None stands for a model without any.
-    """
-    for module in model.modules():
-        if type(module).__module__.startswith('mmcv.ops'):
-            return f'mmcv.{type(module).__name__}'
-    return None
+    """Name the first of mmcv's operators in a model, such as ``'mmcv.RoIAlign'``."""
+    kinds = (type(module) for module in model.modules())
+    names = (f'mmcv.{k.__name__}' for k in kinds if k.__module__.startswith('mmcv.ops'))
+    return next(names, None)
 
 
 def use_channels_last(model: nn.Module) -> bool:
@@ -167,12 +158,9 @@ def use_channels_last(model: nn.Module) -> bool:
     the loss wants one map for each class, and would else copy them when they have been
     enlarged to the size of the image, sixteen times as large.
 
-    Args:
-        model (nn.Module): It is changed, unless its backbone is another or
-            :func:`needs_contiguous` names a part of it.
-
     Returns:
-        bool: Whether the model works in channels-last memory.
+        Whether the model works in channels-last memory: it is not changed if its
+        backbone is another or :func:`needs_contiguous` names a part of it.
     """
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, ConvMLP) or needs_contiguous(model):
@@ -217,7 +205,7 @@ class ChannelsLastHook(Hook):
         if not isinstance(getattr(inner, 'backbone', None), ConvMLP):
             return
         part = needs_contiguous(inner)
-        if part is not None:
+        if part:
             runner.logger.info(
                 f'{part} gets contiguous maps: it has not been shown to compute the '
                 'same from channels-last ones.'
@@ -236,20 +224,15 @@ class ChannelsLastHook(Hook):
 
 
 def compile_backbone(backbone: nn.Module, options: dict) -> None:
-    """Compile a backbone in place, when it first runs.
-
-    Args:
-        backbone (nn.Module): Of any kind.
-        options (dict): Arguments of ``torch.compile``.
-    """
+    """Compile a backbone in place by ``torch.compile``, when it first runs."""
     if options.get('backend', 'inductor') == 'inductor' and 'mode' not in options:
         from torch._inductor import config
 
         # torch 2.14 fails to sort the strides of outputs that are views of unknown
         # size in training, as channels-last maps are. Older ones have no such key.
-        key = 'strict_output_strides'
-        mend = {key: True} if hasattr(config, key) else {}
-        options = {**options, 'options': {**mend, **options.get('options', {})}}
+        if hasattr(config, 'strict_output_strides'):
+            inner = {'strict_output_strides': True, **options.get('options', {})}
+            options = {**options, 'options': inner}
     backbone.compile(**options)
 
 
@@ -268,22 +251,16 @@ class CompileBackboneHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
-        """Compile in place, and take the key from mmengine.
-
-        Raises:
-            TypeError: If ``compile`` is neither a bool nor a dict.
-        """
+        """Compile in place, and take the key from mmengine."""
         options = runner.cfg.get('compile')
-        if options is not None and not isinstance(options, (bool, dict)):
-            raise TypeError(
-                'compile of the configuration must be True, False or a dict of the '
-                f'arguments of torch.compile, but got {options!r}'
-            )
-        # The loops of a runner call this hook once each.
+        if options is True:
+            options = {}
         backbone = getattr(unwrap_model(runner.model), 'backbone', None)
-        if not isinstance(backbone, ConvMLP) or options is None or options is False:
+        # mmengine refuses what is neither a bool nor a dict.
+        if not isinstance(backbone, ConvMLP) or not isinstance(options, dict):
             return
-        compile_backbone(backbone, {} if options is True else dict(options))
+        compile_backbone(backbone, dict(options))
+        # The loops of a runner call this hook once each.
         runner.cfg.compile = None
         runner.logger.info(
             'The backbone is compiled when it first runs, which takes a while.'
@@ -304,9 +281,8 @@ def has_bfloat16() -> bool:
 class BFloat16OptimWrapper(OptimWrapper):
     """Train with ``torch.autocast`` in bfloat16, on a CPU too.
 
-    bfloat16 has the range of float32, so that no loss is scaled as it is by
-    ``AmpOptimWrapper``, which refuses the CPU. The tools take this wrapper on a CPU
-    where that one has ``dtype='bfloat16'``.
+    bfloat16 has the range of float32, so that no loss is scaled. The tools take this
+    wrapper where ``AmpOptimWrapper``, which refuses the CPU, has ``dtype='bfloat16'``.
     """
 
     @contextmanager

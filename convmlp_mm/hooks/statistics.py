@@ -21,7 +21,6 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoint import write_file
-from .checkpoint import checkpoint_hooks
 from .stop import StepHook
 
 __all__ = ['MainProcessLoggerHook', 'SummaryHook', 'SyncStatisticsHook']
@@ -90,12 +89,10 @@ class SummaryHook(Hook):
     """Log at the end of training what one looks for in the log otherwise.
 
     That is: the time, the images per second of all processes, the best value of the
-    metric and its checkpoint, the last checkpoint, the folder of the logs, and
-    ``curves.png`` in the work dir, with the losses, the learning rate and the metrics
-    of this run and of those that it has resumed there.
-
-    The metric is that of ``save_best`` of the checkpoint hook, else the first of box
-    AP, mask AP, mIoU and top-1 accuracy that the validation gives.
+    metric (the first of box AP, mask AP, mIoU and top-1 accuracy that the validation
+    gives), the checkpoints, the folder of the logs, and ``curves.png`` in the work dir,
+    with the losses, the learning rate and the metrics of this run and of those that it
+    has resumed there.
     """
 
     # This hook comes after CheckpointHook, which may save at the end.
@@ -126,28 +123,20 @@ class SummaryHook(Hook):
         if batch and times:
             yield f'speed    {batch * get_world_size() / times.mean():.1f} images/s'
 
-        hooks, folder = checkpoint_hooks(runner), runner.work_dir
-        info = runner.message_hub.runtime_info
+        folder, info = runner.work_dir, runner.message_hub.runtime_info
         trained, validated = read_curves(folder)
         by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
         unit = 'epoch' if by_epoch else 'iteration'
-        best = [key for key in info if key.startswith('best_score')]
-        for key in best:
-            name = key[len('best_score_') :] or hooks[0].key_indicators[0]
-            path = info.get(key.replace('score', 'ckpt'))
-            yield f'best     {name} {float(info[key]):.4f} in {path}'
-        headlines = _headlines(validated)
-        if headlines and not best:
-            name = headlines[0]
-            step = max(validated[name], key=validated[name].get)
-            line = f'best     {name} {validated[name][step]:.4f} after {unit} {step}'
-            for hook in hooks:
-                path = osp.join(str(hook.out_dir), hook.filename_tmpl.format(step))
-                line += f' in {path}' if osp.exists(path) else ''
-            yield line
-        for hook in hooks:
-            if hook.last_ckpt:
-                yield f'last     {hook.last_ckpt}'
+        found = {name.rpartition('/')[2]: name for name in validated}
+        name = next((found[h] for h in HEADLINES if h in found), None)
+        if name:
+            curve = validated[name]
+            step = max(curve, key=curve.get)
+            yield f'best     {name} {curve[step]:.4f} after {unit} {step}'
+        # Of save_best of the checkpoint hook, with one metric or several.
+        for key in [key for key in info if key.startswith('best_ckpt')] + ['last_ckpt']:
+            if info.get(key):
+                yield f'saved    {info[key]}'
         yield f'logs     {runner.log_dir}'
         if trained:
             path, title = osp.join(folder, 'curves.png'), osp.basename(folder)
@@ -155,21 +144,18 @@ class SummaryHook(Hook):
             yield f'curves   {path}'
 
 
-def _headlines(curves: Curves) -> list[str]:
-    return [n for h in HEADLINES for n in curves if n.rpartition('/')[2] == h]
-
-
 def read_curves(work_dir: str) -> list[Curves]:
     """Read what the runs in a work dir have logged.
 
+    Where one goes back to an earlier step than the one before has come to, its values
+    count.
+
     Args:
-        work_dir (str): With ``TIMESTAMP/vis_data/scalars.json`` of each run. Where one
-            goes back to an earlier step than the one before has come to, its values
-            count.
+        work_dir: With ``TIMESTAMP/vis_data/scalars.json`` of each run.
 
     Returns:
-        list[Curves]: Values by name and step: those of training, whose steps are
-        iterations, and those of validation.
+        Values by name and step: those of training, whose steps are iterations, and
+        those of validation.
     """
     trained, validated = defaultdict(dict), defaultdict(dict)
     pattern = osp.join(glob.escape(work_dir), '*', 'vis_data', 'scalars.json')
@@ -196,49 +182,38 @@ def read_curves(work_dir: str) -> list[Curves]:
 
 
 def draw_curves(trained: Curves, validated: Curves, unit: str, title: str) -> bytes:
-    """Draw losses, learning rate and metrics below one another.
+    """Draw losses, learning rate and metrics below one another, as a PNG.
 
     Args:
-        trained (Curves): Of :func:`read_curves`.
-        validated (Curves): As ``trained``; without any, two panels remain.
-        unit (str): What the steps of the validation count: ``'epoch'`` or
-            ``'iteration'``.
-        title (str): The name of the run.
-
-    Returns:
-        bytes: A PNG.
+        trained: Of :func:`read_curves`.
+        validated: As ``trained``; without any, two panels remain.
+        unit: What the steps of the validation count.
+        title: The name of the run.
     """
     # matplotlib is imported here, as nothing else in a training needs it.
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     losses = {name: curve for name, curve in trained.items() if 'loss' in name}
     rates = {n: curve for n, curve in trained.items() if n.rpartition('.')[2] == 'lr'}
     # mmdet gives -1 where there is nothing to measure.
-    times = 'time', 'data_time'
     metrics = {
         name: curve
         for name, curve in validated.items()
-        if name not in times and set(curve.values()) != {-1}
+        if name not in ('time', 'data_time') and set(curve.values()) != {-1}
     }
     panels = [
         ('loss', 'iteration', losses),
         ('learning rate', 'iteration', rates),
         ('metrics of the validation', unit, metrics),
     ]
-    panels = [panel for panel in panels if any(panel[2].values())]
+    panels = [panel for panel in panels if panel[2]]
     figure = Figure(figsize=(9, 3 * len(panels) + 0.5), layout='constrained')
     figure.suptitle(title)
-    thick = {'loss', *rates, *_headlines(metrics)}
-    for ax, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        label, steps, curves = panel
-        if len(curves) > 10:
-            ax.set_prop_cycle(color=colormaps['tab20'].colors)
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for ax, (label, steps, curves) in zip(axes, panels):
         for name, curve in curves.items():
-            width = 2 if name in thick else 1
             marker = 'o' if len(curve) < 50 else None
-            points = list(curve), list(curve.values())
-            ax.plot(*points, linewidth=width, marker=marker, markersize=4, label=name)
+            ax.plot(*zip(*curve.items()), marker=marker, markersize=4, label=name)
         total = list(curves.get('loss', {}).values())
         # A loss that falls by orders of magnitude would end as a flat line.
         if total and 0 < 50 * min(total) < max(total):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import os.path as osp
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from math import isfinite
 from numbers import Real
-from typing import NoReturn
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
 from mmengine.registry import OPTIMIZERS
 
+from ..checkpoint import some_of
 from ..hooks.data import walk_datasets
 
 __all__ = [
@@ -28,7 +30,6 @@ __all__ = [
     'check_data',
     'check_gpus',
     'check_optimizer',
-    'check_settings',
     'is_first_process',
     'naming_data',
 ]
@@ -37,16 +38,9 @@ __all__ = [
 RANK = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 # Data sets that fetch themselves.
 DOWNLOADED = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
-# The least that a setting may be. Rates can be broken, and the loops take 12.0 for 12.
-RATES = dict(lr=0, weight_decay=0)
-LENGTHS = dict(max_epochs=1, max_iters=1, val_interval=1)
-LEAST = dict(**RATES, **LENGTHS, batch_size=1, num_workers=0, accumulative_counts=1)
-# The columns that mmdet reads of each table of an annotation file.
-COLUMNS = dict(
-    images=('id', 'file_name', 'width', 'height'),
-    categories=('id', 'name'),
-    annotations=('id', 'image_id', 'category_id', 'area', 'bbox'),
-)
+# The least that a number of a section may be.
+LEAST = dict(lr=0, weight_decay=0, batch_size=1, num_workers=0, accumulative_counts=1)
+LEAST.update(max_epochs=1, max_iters=1, val_interval=1)
 
 
 def is_first_process(launcher: str) -> bool:
@@ -61,105 +55,63 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
     reads it, but not if it belongs to a launcher, which has run this check before.
 
     Args:
-        cfg (Config): The configuration.
-        splits (Iterable[str]): Those of ``'train'``, ``'val'`` and ``'test'`` that
-            will be used.
+        cfg: The configuration.
+        splits: Those of ``'train'``, ``'val'`` and ``'test'`` that will be used.
 
     Raises:
         OSError: If a folder or file is not there, or is the other of the two.
         ValueError: If a setting, an annotation or the classes of a data set are
             wrong, or a metric cannot be computed.
     """
-    check_settings(cfg, splits)
-    head = (cfg.get('model') or {}).get('head')
-    head = head if isinstance(head, dict) else {}
-    if 'train' in splits and head.get('cal_acc'):
-        _check_topk(head, 'model.head', head)
-    datasets = []
+    _check_settings(cfg, splits)
+    datasets, metrics = [], []
     for split in splits:
-        loader = cfg.get(f'{split}_dataloader') or {}
-        found = loader.get('dataset') or {}
-        for key, dataset in walk_datasets(found, f'{split}_dataloader.dataset'):
-            datasets.append(dataset)
-            if _name_of(dataset) not in DOWNLOADED:
-                for name, path in _paths_of(dataset).items():
-                    _check_path(path, f'{key}.{name}')
-        evaluators = cfg.get(f'{split}_evaluator') or []
-        if isinstance(evaluators, dict):
-            evaluators = {f'{split}_evaluator': evaluators}
-        else:
-            evaluators = {f'{split}_evaluator.{i}': e for i, e in enumerate(evaluators)}
-        for key, evaluator in evaluators.items():
-            path = evaluator.get('ann_file')
-            if path and _is_local(path, evaluator):
+        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
+        for key, part in walk_datasets(dataset, f'{split}_dataloader.dataset'):
+            datasets.append(part)
+            for name, path in _paths_of(part).items():
+                _check_path(path, f'{key}.{name}')
+        key = f'{split}_evaluator'
+        evaluators = cfg.get(key) or []
+        for metric in [evaluators] if isinstance(evaluators, dict) else evaluators:
+            path = metric.get('ann_file')
+            if path and _is_local(path, metric):
                 _check_path(path, f'{key}.ann_file')
-                if not evaluator.get('format_only'):
-                    _check_images(path, f'{key}.ann_file', found, split)
-            if _name_of(evaluator) == 'Accuracy':
-                _check_topk(evaluator, key, head)
+                metrics.append((f'{key}.ann_file', path, _paths_of(dataset)))
+            if _name_of(metric) == 'Accuracy':
+                _check_topk(metric, key, cfg)
     launcher = cfg.get('launcher', 'none')
     # The launchers of this package count their attempts, after they have run --check.
     is_checked = launcher != 'none' and 'CONVMLP_MM_ATTEMPT' in os.environ
     is_coco = cfg.get('default_scope') == 'mmdet'
     if is_coco and is_first_process(launcher) and not is_checked:
-        _check_coco(datasets)
+        _check_coco(datasets, metrics)
 
 
-def check_settings(cfg: Config, splits: Iterable[str]) -> None:
-    """Check numbers whose errors would not name them, and ``work_dir``.
-
-    Raises:
-        NotADirectoryError: If a part of ``work_dir`` is a file.
-        PermissionError: If ``work_dir`` cannot be written.
-        ValueError: If a number is none, or out of its range.
-    """
-    sections = [f'{split}_dataloader' for split in splits]
+def _check_settings(cfg: Config, splits: Iterable[str]) -> None:
+    """Check numbers whose errors would not name them."""
+    sections = {f'{s}_dataloader': cfg.get(f'{s}_dataloader') for s in splits}
     if 'train' in splits:
-        sections += ['train_cfg', 'optim_wrapper', 'optim_wrapper.optimizer']
-    for section in sections:
-        values = cfg
-        for key in section.split('.'):
-            values = (values or {}).get(key)
-        for key, least in LEAST.items() if isinstance(values, dict) else ():
-            value = values.get(key)
-            # True is 1, but nobody means that.
-            right = isinstance(value, Real) and not isinstance(value, bool)
-            if key not in RATES and right:
-                right = isinstance(value, int) or (key in LENGTHS and value % 1 == 0)
-            if value is not None and not (right and value >= least):
-                kind = 'number' if key in RATES else 'whole number'
+        wrapper = cfg.get('optim_wrapper') or {}
+        sections['train_cfg'], sections['optim_wrapper'] = cfg.get('train_cfg'), wrapper
+        sections['optim_wrapper.optimizer'] = wrapper.get('optimizer')
+    for name, section in sections.items():
+        for key, least in LEAST.items():
+            value = (section or {}).get(key)
+            if value is not None and not (isinstance(value, Real) and value >= least):
                 raise ValueError(
-                    f'{section}.{key} must be a {kind} of at least {least}, but is '
+                    f'{name}.{key} must be a number of at least {least}, but is '
                     f'{value!r}'
                 )
-    folder = osp.abspath(osp.expanduser(cfg.get('work_dir') or ''))
-    while not osp.isdir(folder):
-        if osp.lexists(folder):
-            raise NotADirectoryError(
-                f'work_dir {cfg.work_dir!r} cannot be made: {folder!r} is a file'
-            )
-        folder = osp.dirname(folder)
-    # Permissions, and file systems that are mounted for reading only.
-    effective = os.access in os.supports_effective_ids
-    if cfg.get('work_dir') and not os.access(folder, os.W_OK, effective_ids=effective):
-        raise PermissionError(
-            f'work_dir {cfg.work_dir!r} cannot be written: {folder!r} is not writable'
-        )
 
 
 def check_optimizer(cfg: Config) -> None:
-    """Check the type of the optimizer, where mmengine calls None.
-
-    Raises:
-        KeyError: If the scope that is open has no such optimizer.
-    """
+    """Raise a KeyError for an unknown optimizer, which mmengine calls None."""
     kind = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
     with OPTIMIZERS.switch_scope_and_registry(None) as registry:
         if isinstance(kind, str) and registry.get(kind) is None:
-            known = ', '.join(sorted({*OPTIMIZERS.module_dict, *registry.module_dict}))
             raise KeyError(
-                f'optim_wrapper.optimizer.type is {kind!r}, which is not in the '
-                f'registry of optimizers; known are {known}'
+                f'optim_wrapper.optimizer.type {kind!r} is not in the registry'
             )
 
 
@@ -169,39 +121,13 @@ def _name_of(section: ConfigDict) -> str:
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
-def _check_topk(section: ConfigDict, key: str, head: ConfigDict) -> None:
+def _check_topk(metric: ConfigDict, key: str, cfg: Config) -> None:
     """Refuse what would fail once the first epoch is over."""
-    topk, classes = section.get('topk', 1), head.get('num_classes')
-    highest = max(topk, default=0) if isinstance(topk, (list, tuple)) else topk
-    if isinstance(classes, int) and highest > classes:
-        raise ValueError(
-            f'{key}.topk is {topk}, but model.head has {classes} classes: '
-            f'--cfg-options {key}.topk="[1]" is right for any number'
-        )
-
-
-def _check_images(path: str, key: str, dataset: ConfigDict, split: str) -> None:
-    """Refuse a metric whose file, another than that of the data, has other images."""
-    other = _paths_of(dataset).get('ann_file')
-    if not other or osp.realpath(path) == osp.realpath(other):
-        return
-    names = []
-    for name in (path, other):
-        try:
-            with open(name, encoding='utf-8') as file:
-                images = json.load(file)['images']
-            names.append({repr(i['id']): osp.basename(i['file_name']) for i in images})
-        except (OSError, ValueError, TypeError, KeyError):
-            # The file has another format, or is one that the data set refuses.
-            return
-    there, needed = names
-    missing = [number for number in needed if there.get(number) != needed[number]]
-    if missing:
-        raise ValueError(
-            f'annotation file {path!r} (named by {key} in the configuration) does not '
-            f'have image {missing[0]}, {needed[missing[0]]!r}, of {other!r} (named by '
-            f'{split}_dataloader.dataset): data and metric must be of the same images'
-        )
+    head = (cfg.get('model') or {}).get('head')
+    classes = head.get('num_classes') if isinstance(head, dict) else None
+    topk = metric.get('topk', 1)
+    if classes and np.max(topk) > classes:
+        raise ValueError(f'{key}.topk is {topk}, but model.head has {classes} classes')
 
 
 def _is_local(path: str, section: ConfigDict) -> bool:
@@ -211,32 +137,37 @@ def _is_local(path: str, section: ConfigDict) -> bool:
 
 
 def _paths_of(dataset: ConfigDict) -> dict[str, str]:
-    """Return the files and folders that a data set reads by their keys."""
+    """Return the files and folders here that a data set reads, by their keys."""
+    if _name_of(dataset) in DOWNLOADED:
+        return {}
     root, prefixes = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
     if isinstance(prefixes, str):
         prefixes = {'': prefixes}
     parts = {f'data_prefix.{key}'.rstrip('.'): p for key, p in prefixes.items()}
     parts['ann_file'] = dataset.get('ann_file')
-    paths = {
-        key: osp.join(root, p) for key, p in parts.items() if isinstance(p, str) and p
-    }
-    paths = {'data_root': root, **paths} if root else paths
+    paths = {'data_root': root} if root else {}
+    for key, part in parts.items():
+        if isinstance(part, str) and part:
+            paths[key] = osp.join(root, part)
     return {key: path for key, path in paths.items() if _is_local(path, dataset)}
 
 
 def _check_path(path: str, key: str) -> None:
-    what = 'annotation file' if key.endswith('.ann_file') else 'data folder'
-    found, named = osp.expanduser(path), f'(named by {key} in the configuration)'
-    if not osp.exists(found):
-        raise FileNotFoundError(f'{what} {path!r} does not exist {named}')
-    if osp.isdir(found) and what == 'annotation file':
-        raise IsADirectoryError(f'{what} {path!r} is a folder {named}')
-    if not osp.isdir(found) and what == 'data folder':
-        raise NotADirectoryError(f'{what} {path!r} is a file {named}')
+    is_file = key.endswith('.ann_file')
+    what, named = ('annotation file', 'folder') if is_file else ('data folder', 'file')
+    where = f'(named by {key} in the configuration)'
+    if not osp.exists(path):
+        raise FileNotFoundError(f'{what} {path!r} does not exist {where}')
+    if osp.isdir(path) == is_file:
+        raise OSError(f'{what} {path!r} is a {named} {where}')
 
 
-def _check_coco(datasets: Iterable[ConfigDict]) -> None:
-    """Check the annotation files of the data sets that mmdet reads as COCO's."""
+def _check_coco(datasets: Iterable[ConfigDict], metrics: Iterable[tuple]) -> None:
+    """Check the annotation files of the data sets that mmdet reads as COCO's.
+
+    Metrics, given as the key and the value of ``ann_file`` and the paths of the data,
+    must have the images of the data; otherwise they fail after the first epoch.
+    """
     from mmdet.datasets import CocoDataset
     from mmdet.registry import DATASETS
 
@@ -249,206 +180,155 @@ def _check_coco(datasets: Iterable[ConfigDict]) -> None:
         if path and ways == [CocoDataset.load_data_list, CocoDataset.COCOAPI]:
             meta = {**kind.METAINFO, **(dataset.get('metainfo') or {})}
             classes_of.setdefault(path, []).append(meta['classes'])
+    images_of = {}
     for path, lists in classes_of.items():
-        where = f'annotation file {path!r}'
-        with open(osp.expanduser(path), encoding='utf-8') as file:
-            try:
-                content = json.load(file)
-            except ValueError as error:
-                raise ValueError(f'{where} is not JSON: {error}') from error
-        check_annotations(content, path)
-        names = [category['name'] for category in content['categories']]
+        images_of[path], names = _read_coco(path)
         for classes in lists:
-            # mmengine, too, reads the names in such a file.
-            if isinstance(classes, str) and osp.isfile(classes):
-                classes = list_from_file(classes)
-            _check_classes(classes, names, where)
+            _check_classes(classes, names, path)
+    for key, path, paths in metrics:
+        other = paths.get('ann_file')
+        if other not in images_of or osp.samefile(path, other):
+            continue
+        there = _read_coco(path)[0].items()
+        missing = [image for image in images_of[other].items() if image not in there]
+        if missing:
+            number, name = missing[0]
+            raise ValueError(
+                f'annotation file {path!r} (named by {key} in the configuration) does '
+                f'not have image {number}, {name!r}, of {other!r}: data and metric '
+                'must be of the same images'
+            )
 
 
-def _some(values: Iterable) -> str:
-    """Join the first names or ids for a message."""
-    values = list(values)
-    more = f' and {len(values) - 5} more' if len(values) > 5 else ''
-    return ', '.join(map(str, values[:5])) + more
+def _read_coco(path: str) -> tuple[dict, list[str]]:
+    """Check an annotation file; return its images, name by id, and its categories."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        dropped = check_annotations(content)
+        images = {
+            row['id']: osp.basename(row['file_name']) for row in content['images']
+        }
+        names = [row['name'] for row in content['categories']]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error if type(error) is ValueError else repr(error)
+        raise ValueError(f'annotation file {path!r} is wrong: {reason}') from error
+    if dropped:
+        # No log of a run is there yet.
+        print(
+            f'warning: annotation file {path!r}: {dropped} annotations are dropped, '
+            'which are of images or categories that it does not have',
+            file=sys.stderr,
+        )
+    return images, names
 
 
-def _twice(names: Iterable) -> list:
-    return [name for name, count in Counter(names).items() if count > 1]
+def check_annotations(content: dict) -> int:
+    """Check what an annotation file in COCO's format holds.
 
-
-def check_annotations(content: object, path: str | os.PathLike) -> None:
-    """Check what the annotation file ``path`` in COCO's format holds.
-
-    Boxes that reach out of their image, or are smaller than a pixel, are common in
-    real data and dropped or clipped by mmdet, and so are annotations of images or
-    categories that were taken out of the file: they are counted in a warning.
+    Returns:
+        int: The number of annotations of images or categories that are not there.
+        Somebody may have taken them out; mmdet drops such annotations.
 
     Raises:
-        ValueError: If something is missing, stands twice, or is no number, or no
-            annotation is of an image and a category of the file.
+        ValueError: If an id stands twice, an annotation is wrong, or none is of an
+            image and a category of the file.
+        KeyError, TypeError: If a part is missing, or of another kind.
     """
-    where = f'annotation file {os.fspath(path)!r}'
-
-    def refuse(what: str) -> NoReturn:
-        raise ValueError(f'{where}{what}')
-
-    if not isinstance(content, dict):
-        refuse(f' must hold a dict, but holds a {type(content).__name__}')
-    # The files of test sets have none.
+    # The files of test sets have no annotations.
     content = {'annotations': [], **content}
-    for table, columns in COLUMNS.items():
-        if table not in content:
-            refuse(f' has no {table!r}, but {_some(content)}')
-        rows = content[table]
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            refuse(f': {table} must be a list of dicts')
-        for key in columns:
-            for i, row in enumerate(rows):
-                if key not in row:
-                    refuse(f': no {key!r} in {table}[{i}], which has {_some(row)}')
-        twice = _twice(row['id'] for row in rows)
+    for table in ('images', 'categories', 'annotations'):
+        counts = Counter(row['id'] for row in content[table])
+        twice = [str(number) for number, count in counts.items() if count > 1]
         if twice:
-            refuse(f': ids stand twice in {table}: {_some(twice)}')
-    if not content['images']:
-        refuse(': images is empty')
+            raise ValueError(f'ids stand twice in {table}: {some_of(twice)}')
     sizes = {row['id']: [row['height'], row['width']] for row in content['images']}
-    wrong = [
-        name
-        for name, size in sizes.items()
-        if not all(isinstance(side, Real) and side > 0 for side in size)
-    ]
-    if wrong:
-        refuse(f': width or height not above 0 in images {_some(wrong)}')
-    used = content['annotations']
-    for key, table in (('image_id', 'images'), ('category_id', 'categories')):
-        there = {row['id'] for row in content[table]}
-        unknown = [row[key] for row in used if row[key] not in there]
-        if unknown:
-            what = f'annotations are dropped, whose {key} {table} does not have'
-            names = _some(sorted(set(unknown), key=str))
-            _warn(f'{where}: {len(unknown)} of {len(used)} {what}: {names}')
-            used = [row for row in used if row[key] in there]
-    if content['annotations'] and not used:
-        refuse(': all annotations are of other images or categories than it has')
-    faults: dict[str, list] = {}
-    for row in used:
-        fault = _find_fault(row, sizes[row['image_id']])
-        if fault:
-            faults.setdefault(fault, []).append(row['id'])
-    for fault, ids in faults.items():
-        if not fault.startswith('boxes'):
-            refuse(f': {fault} in annotations {_some(ids)}')
-    for fault, ids in faults.items():
-        count = f'{len(ids)} of {len(used)}'
-        _warn(f'{where}: {count} {fault} (annotations {_some(ids)})')
+    categories = {row['id'] for row in content['categories']}
+    dropped = 0
+    for row in content['annotations']:
+        if row['image_id'] in sizes and row['category_id'] in categories:
+            _check_annotation(row, sizes[row['image_id']])
+        else:
+            dropped += 1
+    if dropped and dropped == len(content['annotations']):
+        raise ValueError('all annotations are of images or categories that it has not')
+    return dropped
 
 
-def _warn(message: str) -> None:
-    # No log of a run is there yet.
-    print(f'warning: {message}', file=sys.stderr)
-
-
-def _find_fault(row: dict, size: list) -> str | None:
-    """Say what is wrong with an annotation of an image of [height, width]."""
-    try:
-        x, y, width, height = row['bbox']
-        is_finite = all(map(math.isfinite, row['bbox']))
-    except (TypeError, ValueError):
-        return f'a bbox that is not [x, y, width, height], but {row["bbox"]},'
-    if not is_finite:
-        return 'NaN or Inf in bbox'
-    mask = row.get('segmentation')
+def _check_annotation(row: dict, size: list) -> None:
+    """Check an annotation of an image of [height, width]."""
+    box, mask = row['bbox'], row.get('segmentation')
+    if len(box) != 4 or not all(isinstance(x, Real) and isfinite(x) for x in box):
+        raise ValueError(
+            f'bbox of annotation {row["id"]} must be four finite numbers, x, y, width '
+            f'and height, but is {box}'
+        )
     # Run-length codes know the size of the image.
     if isinstance(mask, dict) and mask.get('size') != size:
-        return 'a segmentation whose size is not [height, width] of its image'
-    right, below = x + width - size[1], y + height - size[0]
-    if min(width, height) < 1:
-        return 'boxes are smaller than a pixel and dropped'
-    if min(x + width, y + height) <= 0 or right >= width or below >= height:
-        return 'boxes lie outside their image and are dropped'
-    # Rounding makes a pixel.
-    if min(x, y) < -1 or max(right, below) > 1:
-        return 'boxes reach out of their image and are clipped'
-    return None
+        raise ValueError(
+            f'segmentation of annotation {row["id"]} has the size {mask.get("size")}, '
+            f'but its image {size}'
+        )
 
 
-def _check_classes(classes: Sequence[str], names: Sequence[str], where: str) -> None:
+def _check_classes(classes: object, names: list[str], path: str) -> None:
     """Check the classes of a data set against the names of its categories.
 
     mmdet numbers those that it finds in the order of the file, and says nothing of
     the others: labels would then belong to other classes than the names say.
     """
-    if isinstance(classes, str):
-        raise ValueError(
-            f'metainfo.classes must be a tuple of names, but is {classes!r} ({where})'
-        )
+    # mmengine, too, reads the names in such a file.
+    if isinstance(classes, str) and osp.isfile(classes):
+        classes = list_from_file(classes)
     missing = [name for name in classes if name not in names]
     if missing:
         raise ValueError(
-            f'{where} has no category for {len(missing)} of the {len(classes)} names '
-            f'in metainfo.classes: {_some(missing)}; it has {_some(names)}'
+            f'annotation file {path!r} has no category for {len(missing)} of the '
+            f'{len(classes)} names in metainfo.classes: {some_of(missing)}; it has '
+            f'{some_of(names)}'
         )
     ordered = [name for name in names if name in classes]
-    twice = _some(_twice(ordered) or _twice(classes))
-    if twice:
-        raise ValueError(
-            f'{where}: names stand twice in categories or metainfo.classes: {twice}'
-        )
-    for i, (name, there) in enumerate(zip(classes, ordered)):
-        if name != there:
+    for i, pair in enumerate(zip_longest(classes, ordered)):
+        if pair[0] != pair[1]:
             raise ValueError(
-                f'metainfo.classes must be in the order of the categories of {where}: '
-                f'class {i} is {name!r}, but there it is {there!r}'
+                'metainfo.classes must be each once and in the order of the categories '
+                f'of {path!r}: class {i} is {pair[0]!r}, but there it is {pair[1]!r}'
             )
 
 
 @contextlib.contextmanager
 def naming_data() -> Iterator[None]:
-    """Name the files of a data set that a toolkit fails to read, or finds empty.
-
-    Raises:
-        ValueError: In place of the toolkit's error, which seldom does.
-    """
+    """Name the files of a data set that a toolkit fails to read, or finds empty."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        names = [frame.f_code.co_name for frame in frames]
-        read = [f.f_locals for f in frames if f.f_code.co_name == 'full_init']
-        dataset = read[-1].get('self') if read else None
+        owners = {f.f_code.co_name: f.f_locals.get('self') for f in frames}
+        dataset = owners.get('full_init')
         if not isinstance(dataset, BaseDataset):
             raise
         files = {'ann_file': dataset.ann_file, **(dataset.data_prefix or {})}
         files = ', '.join(f'{key} {path!r}' for key, path in files.items() if path)
-        if 'load_data_list' not in names and not dataset.data_list:
+        what = f'cannot read its data ({files}): {error!r}'
+        if 'load_data_list' not in owners and not dataset.data_list:
             what = f'has no images ({files}; filter_cfg is {dataset.filter_cfg})'
-        else:
-            what = f'cannot read its data ({files}): {type(error).__name__}: {error}'
         raise ValueError(f'{type(dataset).__name__} {what}') from error
 
 
 def check_checkpoint(path: str) -> None:
-    """Check that a checkpoint is there; of a URL, only the run can tell.
-
-    Raises:
-        OSError: If it does not exist, or is a folder.
-    """
-    if osp.isdir(path):
-        raise IsADirectoryError(f'checkpoint {path!r} is a folder, not a file')
+    """Raise an OSError if there is no such file; of a URL, only the run can tell."""
     if '://' not in path and not osp.isfile(path):
-        raise FileNotFoundError(f'checkpoint {path!r} does not exist')
+        what = 'is a folder, not a file' if osp.isdir(path) else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {path!r} {what}')
 
 
 def check_gpus() -> None:
-    """Check that each process of this machine has a GPU of its own.
-
-    Raises:
-        ValueError: If there are more processes than visible GPUs.
-    """
+    """Raise a ValueError if this machine has fewer GPUs than processes of the run."""
     processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and processes > gpus:
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')
         raise ValueError(
-            f'{processes} processes need as many GPUs, but '
-            f'{torch.cuda.device_count()} are visible (CUDA_VISIBLE_DEVICES is '
-            f'{os.environ.get("CUDA_VISIBLE_DEVICES", "not set")})'
+            f'{processes} processes need as many GPUs, but {gpus} are visible '
+            f'(CUDA_VISIBLE_DEVICES is {visible})'
         )

@@ -20,22 +20,6 @@ from .process import MISTAKE
 __all__ = ['closing_group', 'final_mistakes', 'one_line_errors']
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Say what a user got wrong before a run begins in one line; exit with 2."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        # str() of a KeyError is the repr of its message.
-        _end(error.args[0] if isinstance(error, KeyError) else error)
-
-
-def _end(message: object) -> NoReturn:
-    program = osp.basename(sys.argv[0])
-    print(f'{program}: error: {message}', file=sys.stderr)
-    sys.exit(MISTAKE)
-
-
 # Trying again does not help against these, as it may where memory or a network fails.
 MISTAKES = (
     ArithmeticError,
@@ -49,22 +33,26 @@ MISTAKES = (
     TypeError,
     ValueError,
 )
-
-# Trying again does not help against these either; other errors of a far disk may pass.
+# Nor does it against these; other errors of a far disk may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 PACKAGE = osp.dirname(osp.dirname(osp.abspath(__file__)))
 FRAME = re.compile(r'File "(.+)", line \d+, in .+\n\s*(.*)')
 
 
-def _said(error: Exception) -> str | None:
-    """Return the sentence of an error that this package has raised, or None."""
-    frames = FRAME.findall(''.join(traceback.format_exception(error)))
-    if not frames or not frames[-1][0].startswith(PACKAGE + os.sep):
-        return None
-    # A loader wraps the trace of its worker around the sentence.
-    sentence = str(error).rstrip().rpartition(f'\n{type(error).__name__}: ')[2]
-    return sentence if frames[-1][1].startswith('raise ') else None
+def _end(message: object) -> NoReturn:
+    print(f'{osp.basename(sys.argv[0])}: error: {message}', file=sys.stderr)
+    sys.exit(MISTAKE)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Say what a user got wrong before a run begins in one line; exit with 2."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        # str() of a KeyError is the repr of its message.
+        _end(error.args[0] if isinstance(error, KeyError) else error)
 
 
 @contextlib.contextmanager
@@ -77,11 +65,13 @@ def final_mistakes() -> Iterator[None]:
     try:
         yield
     except (*MISTAKES, OSError) as error:
-        final = isinstance(error, MISTAKES) or error.errno in FULL
-        sentence = final and _said(error)
-        if sentence:
-            _end(sentence)
-        if not final or 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
+        if not isinstance(error, MISTAKES) and error.errno not in FULL:
+            raise
+        path, code = FRAME.findall(''.join(traceback.format_exception(error)))[-1]
+        if path.startswith(PACKAGE + os.sep) and code.startswith('raise '):
+            # A loader wraps the trace of its worker around the sentence.
+            _end(str(error).rstrip().rpartition(f'\n{type(error).__name__}: ')[2])
+        if 'TORCHELASTIC_RESTART_COUNT' not in os.environ:
             raise
         traceback.print_exc()
         sys.exit(MISTAKE)

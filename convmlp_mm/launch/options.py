@@ -9,23 +9,15 @@ import sys
 
 from mmengine.config import Config, DictAction
 
-from ..zoo import (
-    WORKER_KEYS,
-    map_config,
-    map_leaves,
-    read_config,
-    without_tilde,
-)
-from .checks import check_gpus
+from ..zoo import WORKER_KEYS, map_config, map_leaves, read_config, without_tilde
+from .checks import check_gpus, is_first_process
 
 __all__ = [
     'add_cfg_options',
     'add_common_arguments',
     'load_config',
-    'map_config',
     'merge_options',
 ]
-
 
 SPLITS = ('train', 'val', 'test')
 
@@ -82,14 +74,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the configuration and merge the common options into it.
+    """Read the configuration, merge the common options and set ``work_dir``.
 
     Args:
-        args (Namespace): Parsed options of :func:`add_common_arguments` and
-            ``config``.
-
-    Returns:
-        Config: With ``work_dir`` and ``launcher`` set.
+        args: Parsed options of :func:`add_common_arguments` and ``config``.
 
     Raises:
         FileNotFoundError: If the configuration does not exist.
@@ -102,62 +90,41 @@ def load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
     cfg = read_config(args.config)
     merge_options(cfg, args.cfg_options or {})
-    _refuse_strategy(cfg)
+    if cfg.get('strategy') or cfg.get('runner_type') == 'FlexibleRunner':
+        # These would train beside the hooks that make runs whole and exact.
+        raise ValueError('the tools train with DDP only, without strategy')
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
         cfg.work_dir = osp.join('work_dirs', name)
-    notes = [*_drop_worker_options(cfg), *_name_dropped_hooks(cfg)]
-    if not getattr(args, 'check', False) and os.environ.get('RANK', '0') == '0':
-        for note in notes:
-            print(note, file=sys.stderr)
+    for loader in (cfg.get(f'{split}_dataloader') or {} for split in SPLITS):
+        # torch refuses these options of workers where there are none.
+        for key in WORKER_KEYS if not loader.get('num_workers') else ():
+            loader.pop(key, None)
+    if not getattr(args, 'check', False) and is_first_process(cfg.launcher):
+        _name_dropped_hooks(cfg)
     return cfg
 
 
-def _drop_worker_options(cfg: Config) -> list[str]:
-    """Take out of loaders without workers what only goes with some."""
-    loaders = {f'{s}_dataloader': cfg.get(f'{s}_dataloader') or {} for s in SPLITS}
-    dropped = [
-        f'{name}.{key}'
-        for name, loader in loaders.items()
-        if not loader.get('num_workers')
-        for key in WORKER_KEYS
-        if loader.pop(key, None)
-    ]
-    return [f'without workers, {", ".join(dropped)} has no effect'] if dropped else []
-
-
-def _name_dropped_hooks(cfg: Config) -> list[str]:
+def _name_dropped_hooks(cfg: Config) -> None:
     """Tell what a configuration that replaces ``custom_hooks`` does not run."""
     kept = {str(hook.get('type')) for hook in cfg.get('custom_hooks') or []}
     wanted = [hook['type'] for hook in cfg.get('runtime_hooks') or []]
     dropped = [kind for kind in wanted if kind not in kept]
-    return dropped and [
-        f'custom_hooks of the configuration leaves out {", ".join(dropped)}; '
-        '[*_base_.custom_hooks, ...] adds to them'
-    ]
-
-
-def _refuse_strategy(cfg: Config) -> None:
-    """Refuse what would train beside the hooks that make runs whole and exact."""
-    found = {k: cfg[k] for k in ('strategy', 'runner_type') if cfg.get(k)}
-    if found.get('strategy') or found.get('runner_type') == 'FlexibleRunner':
-        key = next(iter(found))
-        raise ValueError(
-            f'{key} is {found[key]!r}, but the tools train with DDP only: the largest '
-            'model of this package has 62 M parameters, which every GPU holds'
+    if dropped:
+        print(
+            f'custom_hooks of the configuration leaves out {", ".join(dropped)}; '
+            '[*_base_.custom_hooks, ...] adds to them',
+            file=sys.stderr,
         )
 
 
 def merge_options(cfg: Config, options: dict) -> None:
-    """Override settings of a configuration.
+    """Override settings of a configuration by values under dotted keys.
 
-    Args:
-        cfg (Config): It is changed.
-        options (dict): Values by dotted keys. ``data_root`` and
-            ``num_classes`` reach the places that they were copied to.
+    ``data_root`` and ``num_classes`` reach the places that they were copied to.
     """
     options = map_leaves(without_tilde, dict(options))
     if 'data_root' in options and cfg.get('data_root'):
@@ -168,10 +135,7 @@ def merge_options(cfg: Config, options: dict) -> None:
 
 
 def _move_data_root(cfg: Config, old: str, new: str) -> None:
-    """Put ``new`` for a leading ``old`` in the paths of data sets and metrics.
-
-    ``data_root`` is only a variable, which the configuration has copied into them.
-    """
+    """Put ``new`` for a leading ``old`` in the paths of data sets and metrics."""
     root = old if old.endswith('/') else old + '/'
 
     def moved(key, value):

@@ -18,8 +18,8 @@ from ..checkpoint import read_checkpoint
 from ..hooks.checkpoint import find_latest_checkpoint
 from ..hooks.model import CheckWeightsHook
 from ..hooks.work_dir import LaunchHook, work_dir_lock
+from ..zoo import map_config
 from .checks import check_optimizer, is_first_process
-from .options import map_config
 from .process import keep_memory
 
 __all__ = [
@@ -47,19 +47,18 @@ def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
     """Return where to go on when a launcher has started the processes again.
 
     Args:
-        work_dir (str): The folder of the run.
-        resume (str, optional): The value of ``--resume``: with ``'auto'``, any
-            checkpoint in the folder counts, otherwise only one that this launch has
-            saved, whose name is in ``CONVMLP_MM_LAUNCH_ID``.
+        work_dir: The folder of the run.
+        resume: The value of ``--resume``: with ``'auto'``, any checkpoint in the folder
+            counts, otherwise only one of this launch, ``CONVMLP_MM_LAUNCH_ID``.
 
     Returns:
-        str, optional: Its path; None in the first attempt, and if there is none.
+        Its path; None in the first attempt, and if there is none.
 
     Raises:
         ValueError: If there are checkpoints and none can be resumed from.
     """
-    attempt = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
-    if not any(int(os.environ.get(name, 0)) for name in attempt):
+    attempts = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
+    if all(os.environ.get(name, '0') == '0' for name in attempts):
         return None
     if resume == 'auto':
         return find_latest_checkpoint(work_dir)
@@ -75,17 +74,11 @@ def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the Runner of a configuration, where there is no GPU for the CPU.
+    """Build the Runner of a configuration, which is changed on a CPU.
 
-    mmengine's mixed precision and torch's SyncBN do not run on a CPU; there, a recipe
-    that has them is trained in single precision (or in bfloat16, if its ``dtype`` is
-    that) and with BN, and says so. With GPUs the configuration is taken as it is.
-
-    Args:
-        cfg (Config): It is changed on the CPU.
-
-    Returns:
-        Runner: Of the type ``runner_type``, if the configuration has it.
+    mmengine's mixed precision and torch's SyncBN do not run there: a recipe that has
+    them is trained in single precision (or in bfloat16, if its ``dtype`` is that) and
+    with BN, and says so.
     """
     read_weights_only()
     if cfg.launcher == 'slurm':
@@ -108,10 +101,7 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def read_weights_only() -> None:
-    """Let mmengine read every checkpoint as :func:`read_checkpoint` does.
-
-    Not at import: only the tools of this package decide for the whole process.
-    """
+    """Let mmengine read every checkpoint as :func:`read_checkpoint` does."""
     CheckpointLoader.register_scheme(SCHEMES, load_from_weights_only, force=True)
     # The loaders of torchvision://, open-mmlab:// and mmcls:// turn a name into a URL
     # and call this, so that they are safe with it, and whole files enter the cache.
@@ -124,10 +114,7 @@ def load_from_weights_only(filename: str, map_location: object = None) -> dict:
 
 
 def _fit_to_cpu(cfg: Config) -> None:
-    """Replace what only accelerators run.
-
-    For a single process, mmengine itself turns SyncBN into BN.
-    """
+    """Replace what only accelerators run."""
     replaced = []
     wrapper = cfg.get('optim_wrapper') or {}
     bfloat16 = wrapper.get('dtype') == 'bfloat16'
@@ -142,22 +129,16 @@ def _fit_to_cpu(cfg: Config) -> None:
             return 'BN'
         return value
 
+    # For a single process, mmengine itself turns SyncBN into BN.
     if cfg.launcher != 'none':
         map_config(cfg, ['model'], local_norm)
-    if replaced and os.environ.get('RANK', '0') == '0':
+    if replaced and is_first_process(cfg.launcher):
         changes = ' and '.join(dict.fromkeys(replaced))
         print(f'on the CPU, with {changes}', file=sys.stderr)
 
 
 def plain_optim_wrapper(wrapper: dict) -> bool:
-    """Turn mixed precision into single precision.
-
-    Args:
-        wrapper (dict): ``optim_wrapper`` of a configuration; it is changed.
-
-    Returns:
-        bool: Whether it was mixed.
-    """
+    """Make a mixed ``optim_wrapper`` one of single precision; tell whether it was."""
     if wrapper.get('type') != 'AmpOptimWrapper':
         return False
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
@@ -169,49 +150,35 @@ def plain_optim_wrapper(wrapper: dict) -> bool:
 def read_slurm() -> None:
     """Put what srun tells a process into the variables that torchrun would set.
 
-    What is set already stays. mmengine does the same where there are GPUs, but with
-    port 29500, at which two jobs on a machine meet; here it depends on the job.
+    mmengine does the same where there are GPUs, but with port 29500, at which two jobs
+    on a machine meet; here it depends on the job.
 
     Raises:
-        ValueError: If srun has not started this process, or the address of the first
-            machine cannot be found.
+        ValueError: If srun has not started this process.
     """
     env = os.environ
-    missing = [k for k in ('SLURM_PROCID', 'SLURM_NTASKS') if k not in env]
-    if missing:
+    if 'SLURM_PROCID' not in env:
         raise ValueError(
-            f'--launcher slurm is for processes that srun has started, but '
-            f'{" and ".join(missing)} are not in the environment'
+            '--launcher slurm is for processes that srun has started, but SLURM_PROCID '
+            'is not in the environment'
         )
     env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
     env['LOCAL_RANK'] = env.get('SLURM_LOCALID', '0')
     env.setdefault('MASTER_PORT', str(15000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
     if 'MASTER_ADDR' not in env:
-        nodes = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_NODELIST', '')
-        try:
-            names = subprocess.check_output(
-                ['scontrol', 'show', 'hostnames', nodes], text=True
-            )
-            env['MASTER_ADDR'] = names.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            raise ValueError(
-                f'scontrol does not tell the first host of {nodes!r}; set MASTER_ADDR'
-            ) from None
+        nodes = env.get('SLURM_STEP_NODELIST') or env['SLURM_NODELIST']
+        command = ['scontrol', 'show', 'hostnames', nodes]
+        env['MASTER_ADDR'] = subprocess.check_output(command, text=True).split()[0]
 
 
 def _meeting_place() -> dict:
-    """Return the file in which the processes of one machine meet, if there is one.
-
-    Unlike a port, others neither see nor reach it.
-    """
-    env = os.environ
-    if 'CONVMLP_MM_STORE' not in env:
+    """Return the file in which the processes of one machine meet, if there is one."""
+    # Unlike a port, others neither see nor reach it.
+    store = os.environ.get('CONVMLP_MM_STORE')
+    if store is None:
         return {}
-    return dict(
-        init_method=f'file://{env["CONVMLP_MM_STORE"]}',
-        rank=int(env['RANK']),
-        world_size=int(env['WORLD_SIZE']),
-    )
+    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    return dict(init_method=f'file://{store}', rank=rank, world_size=world_size)
 
 
 def _prepare_gloo(cfg: Config) -> None:

@@ -49,7 +49,7 @@ def state(values: dict) -> str:
     """Say the values of a check in a line, without tables and curves."""
     found = []
     for key, value in values.items():
-        if key not in ('models', 'loading', 'curve'):
+        if key not in ('name', 'passed', 'models', 'loading', 'curve'):
             text = f'{value:.3g}' if isinstance(value, float) else str(value)
             found.append(f'{key.replace("_", " ")} {text}')
     return ', '.join(found)

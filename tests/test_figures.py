@@ -122,7 +122,7 @@ def test_saliency_is_the_gradient_of_the_predicted_score(image):
 
 def test_saliency_of_the_command_line(tool, image, weights, tmp_path):
     out = tmp_path / 'figure.png'
-    command = ['analysis/saliency.py', image, image, '--labels', 'dog', '0']
+    command = ['analysis/saliency.py', image, image, '--labels', 'dog', 'ship']
     command += ['--models', CIFAR, CIFAR, '--weights', weights, 'none']
     command += ['--names', 'ours', 'untrained', '--size', '64', '96', '--out', out]
     done = tool(*command)
@@ -155,9 +155,11 @@ def test_feature_maps_of_the_command_line(tool, image, tmp_path):
     'options, fragment',
     [
         (['--models', 'nothing'], "no configuration 'nothing'"),
-        (['--models', CIFAR, '--size', '16', '64'], '--size must be at least 32'),
         (['--models', CIFAR, '--weights', 'none', 'none'], '--weights must be one for'),
-        (['--models', CIFAR, '--weights', 'no.pth'], "weights 'no.pth'"),
+        (
+            ['--models', CIFAR, '--weights', 'no.pth'],
+            "'no.pth' does not exist",
+        ),
         (['--models', CIFAR, '--labels', 'a', 'b'], '--labels must be one for each'),
         (['--models', 'convmlp_s_imagenet', '--labels', 'hub'], "has no class 'hub'"),
         (['--models', 'retinanet_convmlp_s'], 'is no classifier'),

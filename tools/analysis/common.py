@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 import os.path as osp
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import NamedTuple
 
@@ -13,15 +13,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from mmengine.fileio import load
 from mmengine.model import BaseModel
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from convmlp_mm.apis import get_model, load_weights
 from convmlp_mm.checkpoint import check_output, hash_file, locate_checkpoint, write_file
-from convmlp_mm.toolkits import TOOLKITS
-from convmlp_mm.zoo import find_config, mim_folder, published_weights
+from convmlp_mm.zoo import find_config, published_weights
 
 
 class StatedModel(NamedTuple):
@@ -38,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--out', required=True, type=osp.expanduser, help='figure to write, .png')
     text = 'names of this package, files, mmdet:: (...) and a file, timm:: and a name'
     add('--models', nargs='+', required=True, metavar='MODEL', help=text)
-    text = 'for each model: none (random), published, or a path or URL; default: none'
+    text = 'for each model: none (random, the default), published, or a path or URL'
     add('--weights', nargs='+', metavar='WEIGHTS', help=text)
     add('--names', nargs='+', metavar='NAME', help='what the figure calls the models')
     text = 'pixels that the models see; one that takes a single size keeps it'
@@ -57,39 +55,21 @@ def load_models(args: argparse.Namespace, need_head: bool = True) -> list[Stated
                 f'--{option} must be one for each of the {count} models, but there are '
                 f'{len(given)}'
             )
-    if min(args.size) < 32:
-        raise ValueError(f'--size must be at least 32 32, but got {args.size}')
     if not args.out.endswith('.png'):
         raise ValueError(f'--out must end with .png, but got {args.out!r}')
     check_output(args.out, args.overwrite)
-    configs = [find_config(name) for name in args.models]
-    weights = [find_weights(*pair) for pair in zip(args.models, weights)]
-    jobs = zip(configs, weights, names)
-    return [load_model(*job, need_head) for job in jobs]
+    jobs = [
+        (find_config(model), find_weights(model, wanted), name, need_head)
+        for model, wanted, name in zip(args.models, weights, names)
+    ]
+    return [load_model(*job) for job in jobs]
 
 
-def find_weights(name: str, wanted: str) -> str | None:
+def find_weights(model: str, wanted: str) -> str | None:
     """Turn ``none``, ``published``, a path or a URL into None, a path or a URL."""
-    if wanted == 'none':
-        return None
-    if wanted != 'published':
-        if '://' not in wanted and not osp.isfile(osp.expanduser(wanted)):
-            raise FileNotFoundError(f'weights {wanted!r} (for {name}) do not exist')
-        return wanted
-    scope, _, rest = name.rpartition('::')
-    if scope == 'timm':
-        from huggingface_hub import hf_hub_download
-        from timm import get_pretrained_cfg
-
-        return hf_hub_download(get_pretrained_cfg(rest).hf_hub_id, 'pytorch_model.bin')
-    if scope not in TOOLKITS:
-        return published_weights(rest)
-    config = f'configs/{rest.removesuffix(".py")}.py'
-    for metafile in (mim_folder(scope) / config).parent.glob('metafile.y*ml'):
-        for model in load(metafile)['Models']:
-            if model.get('Config') == config and model.get('Weights'):
-                return model['Weights']
-    raise ValueError(f'{scope} has no published weights of {rest!r}')
+    if wanted == 'published':
+        return published_weights(model)
+    return None if wanted == 'none' else locate_checkpoint(wanted)
 
 
 def load_model(
@@ -153,16 +133,13 @@ def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
     axes.text(0, 0.56, '\n'.join(lines), fontsize=8, color=colour, va='top')
 
 
-def to_png(figure: Figure, dpi: int, **metadata: str) -> bytes:
-    """Draw a figure as the bytes of a file, the same ones each time."""
-    stream = io.BytesIO()
-    metadata = dict(metadata, Software=None)
-    figure.savefig(stream, dpi=dpi, format='png', metadata=metadata)
-    return stream.getvalue()
-
-
-def save_figure(args: argparse.Namespace, figure: Figure, sources: list) -> None:
-    """Write a figure whole or not at all, with the statements in its metadata."""
+def save_figure(
+    path: str, figure: Figure, overwrite: bool, sources: Sequence[StatedModel] = ()
+) -> None:
+    """Write a figure whole, the same bytes each time, and state the weights in it."""
     stated = json.dumps({source.name: source.weights for source in sources})
-    write_file(args.out, to_png(figure, 100, Description=stated), args.overwrite)
-    print(f'wrote {args.out}')
+    stream = io.BytesIO()
+    metadata = dict(Description=stated, Software=None)
+    figure.savefig(stream, format='png', metadata=metadata)
+    write_file(path, stream.getvalue(), overwrite)
+    print(f'wrote {path}')

@@ -88,33 +88,32 @@ def draw(rows: list[tuple], number: int) -> Figure:
     """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
     columns = 2 + max(len(stages) for _, _, stages in rows)
     side = math.ceil(number**0.5)
-    # Sizes in inches: two lines of title above maps of the image's proportions.
+    # In inches: two lines of title above maps of the image's proportions.
     heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
-    figure = Figure(figsize=(2.1 * columns, sum(heights) + 0.4))
-    body, foot = figure.subfigures(2, 1, height_ratios=(sum(heights), 0.4))
-    foot.text(0.01, 0.3, RULE.format(number), fontsize=8)
-    grid = body.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
-    for row, height, (source, image, stages) in zip(grid, heights, rows):
-        space = dict(left=0.02, right=0.98, bottom=0.01, wspace=0.02, hspace=0.02)
-        space['top'] = 1 - 0.34 / height
-        common.state(row[0].subplots(gridspec_kw=space), source, image)
-        axes = row[1].subplots(gridspec_kw=space)
-        axes.imshow(image)
+    size = 2.1 * columns, sum(heights) + 0.4
+    figure = Figure(size, layout='constrained')
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
         axes.set_axis_off()
-        axes.set_title('input', fontsize=8)
-        for cell, (name, maps) in zip(row[2:], stages.items()):
+    for line, (source, image, stages) in zip(grid, rows):
+        common.state(line[0], source, image)
+        line[1].imshow(image)
+        line[1].set_title('input', fontsize=8)
+        for axes, (name, maps) in zip(line[2:], stages.items()):
             stride = round(image.shape[0] / maps.shape[1])
             text = '{} maps of {} x {}, stride {}'.format(*maps.shape, stride)
-            cell.suptitle(f'{name}\n{text}', fontsize=8, y=1 - 0.05 / height)
-            tiles = cell.subplots(side, side, squeeze=False, gridspec_kw=space)
-            for axes in tiles.flat:
-                axes.set_axis_off()
-            for axes, channel in zip(tiles.flat, choose_channels(maps, number)):
+            axes.set_title(f'{name}\n{text}', fontsize=8)
+            for place, channel in enumerate(choose_channels(maps, number)):
+                y, x = divmod(place, side)
                 low, high = np.percentile(maps[channel], (1, 99))
-                axes.imshow(maps[channel], vmin=low, vmax=high)
+                box = (x + 0.01, x + 0.99, y + 0.99, y + 0.01)
+                axes.imshow(maps[channel], vmin=low, vmax=high, extent=box)
                 box = dict(facecolor='black', alpha=0.55, lw=0, pad=1)
                 style = dict(fontsize=6, color='white', va='top', bbox=box)
-                axes.text(0.03, 0.97, channel, transform=axes.transAxes, **style)
+                axes.text(x + 0.04, y + 0.04, channel, **style)
+            aspect = maps.shape[1] / maps.shape[2]
+            axes.set(xlim=(0, side), ylim=(side, 0), aspect=aspect)
+    figure.supxlabel(RULE.format(number), x=0.01, ha='left', fontsize=8)
     return figure
 
 
@@ -133,7 +132,7 @@ def main() -> None:
             (source, *common.run(source, image, args.size, extract_stages))
             for source in sources
         ]
-    common.save_figure(args, draw(rows, args.channels), sources)
+    common.save_figure(args.out, draw(rows, args.channels), args.overwrite, sources)
 
 
 if __name__ == '__main__':

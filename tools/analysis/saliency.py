@@ -43,19 +43,16 @@ def class_names(source: common.StatedModel) -> list[str]:
     return [str(name).partition(',')[0] for name in classes]
 
 
-def find_label(label: str, sources: list[common.StatedModel]) -> str:
-    """Turn a name or number into the name of a class, of all classifiers."""
-    found = label
+def check_labels(labels: list[str], sources: list[common.StatedModel]) -> None:
+    """Refuse what is no class of one of the classifiers."""
     for source in sources:
         names = class_names(source)
-        if label.isdigit() and int(label) < len(names):
-            found = names[int(label)]
-        elif names and label.lower() not in map(str.lower, names):
-            raise ValueError(
-                f'--labels: {source.name} has no class {label!r}; its {len(names)} '
-                f'classes begin with {", ".join(names[:10])}'
-            )
-    return found
+        for label in labels:
+            if names and label not in names:
+                raise ValueError(
+                    f'--labels: {source.name} has no class {label!r}; its {len(names)} '
+                    f'classes begin with {", ".join(names[:10])}'
+                )
 
 
 def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
@@ -81,8 +78,7 @@ def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
                 axes.text(0.5, 0.5, 'zero everywhere', fontsize=8, **style)
             score, label = scores.softmax(0).max(0)
             name = names.get(int(label), f'class {int(label)}')
-            right = truth is not None and name.lower() == truth.lower()
-            colour = UNKNOWN if truth is None else RIGHT if right else WRONG
+            colour = RIGHT if name == truth else WRONG if truth else UNKNOWN
             axes.set_xlabel(f'{name} {score:.2f}', fontsize=9, color=colour)
     figure.supxlabel(RULE, fontsize=8)
     return figure
@@ -92,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('images', nargs='+', help='images to look at')
     common.add_arguments(parser)
-    text = 'ground truth of each image: name of a class, or its number from 0'
+    text = 'ground truth of each image: names of classes'
     parser.add_argument('--labels', nargs='+', metavar='LABEL', help=text)
     args = parser.parse_args()
     with one_line_errors():
@@ -107,12 +103,12 @@ def main() -> None:
         for source in sources:
             if source.model.cfg.default_scope != 'mmpretrain':
                 raise ValueError(f'{source.name} is no classifier')
-        truths = [truth and find_label(truth, sources) for truth in truths]
+        check_labels(args.labels or [], sources)
         rows = [
             [common.run(source, image, args.size, compute_saliency) for image in images]
             for source in sources
         ]
-    common.save_figure(args, draw(sources, rows, truths), sources)
+    common.save_figure(args.out, draw(sources, rows, truths), args.overwrite, sources)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,6 @@ from saliency import compute_saliency
 
 from convmlp_mm import get_model
 from convmlp_mm.predict import read_image
-from convmlp_mm.zoo import find_config
 
 RETINANET = 'retinanet_convmlp_s'
 SWIN = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k'
@@ -24,8 +23,8 @@ CIFAR = 'transfer/convmlp_s_cifar10'
 MIXER = 'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k'
 
 
-def load(name, weights=None):
-    return load_model(find_config(name), weights, name)
+def load(name, weights='none'):
+    return load_model(name, weights, name)
 
 
 @pytest.fixture(scope='module')
@@ -163,7 +162,7 @@ def test_feature_maps_of_the_command_line(tool, image, tmp_path):
         (['--models', CIFAR, '--labels', 'a', 'b'], '--labels must be one for each'),
         (['--models', 'convmlp_s_imagenet', '--labels', 'hub'], "has no class 'hub'"),
         (['--models', 'retinanet_convmlp_s'], 'is no classifier'),
-        (['--models', SWIN, '--size', '64', '96'], 'cannot be run at this size'),
+        (['--models', SWIN, '--size', '64', '96'], 'cannot run at this size'),
         (['--models', CIFAR, '--out', 'no/x.png'], "folder 'no' does not exist"),
         (['--models', CIFAR, '--out', 'x.jpg'], '--out must end with .png'),
     ],

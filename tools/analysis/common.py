@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from mmengine.model import BaseModel
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from convmlp_mm.apis import get_model, load_weights
 from convmlp_mm.checkpoint import check_output, hash_file, locate_checkpoint, write_file
-from convmlp_mm.zoo import find_config, published_weights
+from convmlp_mm.zoo import published_weights
 
 
 class StatedModel(NamedTuple):
@@ -58,38 +57,30 @@ def load_models(args: argparse.Namespace, need_head: bool = True) -> list[Stated
     if not args.out.endswith('.png'):
         raise ValueError(f'--out must end with .png, but got {args.out!r}')
     check_output(args.out, args.overwrite)
-    jobs = [
-        (find_config(model), find_weights(model, wanted), name, need_head)
-        for model, wanted, name in zip(args.models, weights, names)
-    ]
-    return [load_model(*job) for job in jobs]
-
-
-def find_weights(model: str, wanted: str) -> str | None:
-    """Turn ``none``, ``published``, a path or a URL into None, a path or a URL."""
-    if wanted == 'published':
-        return published_weights(model)
-    return None if wanted == 'none' else locate_checkpoint(wanted)
+    jobs = zip(args.models, weights, names)
+    return [load_model(*job, need_head) for job in jobs]
 
 
 def load_model(
-    cfg: Config, weights: str | None, name: str, need_head: bool = True
+    model: str, weights: str, name: str, need_head: bool = True
 ) -> StatedModel:
-    """Build a model, load its weights if there are any, and state which they are.
+    """Build a model, load its weights unless ``'none'``, and state which they are.
 
     The file must have every tensor of the model, or without ``need_head`` of its
     backbone.
     """
+    if weights == 'published':
+        weights = published_weights(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = get_model(cfg).requires_grad_(False)
-    if weights is None:
-        return StatedModel(name, model, 'random weights (seed 0)')
-    partial = not need_head and hasattr(model, 'backbone')
-    load_weights(model, weights, partial, skip_heads=not need_head)
+        built = get_model(model).requires_grad_(False)
+    if weights == 'none':
+        return StatedModel(name, built, 'random weights (seed 0)')
+    partial = not need_head and hasattr(built, 'backbone')
+    load_weights(built, weights, partial, skip_heads=not need_head)
     path = locate_checkpoint(weights)
     digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
-    return StatedModel(name, model, f'weights: {osp.basename(weights)}{digest}')
+    return StatedModel(name, built, f'weights: {osp.basename(weights)}{digest}')
 
 
 def prepare(
@@ -99,16 +90,21 @@ def prepare(
 
     Returns the image (H, W, 3), red first, and the input of the model (1, 3, H, W).
     """
-    model = source.model
-    backbone = getattr(model, 'backbone', None)
-    given = getattr(getattr(model, 'model', None), 'pretrained_cfg', None) or {}
-    if type(backbone).__name__ == 'MlpMixer':
-        size = backbone.img_size
+    network = backbone_of(source.model)
+    given = getattr(network, 'pretrained_cfg', {})
+    if type(network).__name__ == 'MlpMixer' and not given:
+        size = network.img_size
     elif given.get('fixed_input_size'):
         size = given['input_size'][1:]
     seen = np.array(ImageOps.fit(Image.fromarray(image), (size[1], size[0])))
     planes = torch.from_numpy(seen).permute(2, 0, 1)
-    return seen[..., ::-1], model.data_preprocessor(dict(inputs=[planes]))['inputs']
+    inputs = source.model.data_preprocessor(dict(inputs=[planes]))['inputs']
+    return seen[..., ::-1], inputs
+
+
+def backbone_of(model: BaseModel) -> nn.Module:
+    """Return the backbone; classifiers of timm have none of their own."""
+    return getattr(model, 'backbone', None) or model.model
 
 
 def run(
@@ -119,8 +115,7 @@ def run(
     try:
         return seen, compute(source.model, inputs)
     except (AssertionError, RuntimeError) as error:
-        message = f'{source.name} cannot be run at this size: {error}'
-        raise ValueError(message) from error
+        raise ValueError(f'{source.name} cannot run at this size: {error}') from error
 
 
 def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
@@ -138,8 +133,7 @@ def save_figure(
 ) -> None:
     """Write a figure whole, the same bytes each time, and state the weights in it."""
     stated = json.dumps({source.name: source.weights for source in sources})
-    stream = io.BytesIO()
-    metadata = dict(Description=stated, Software=None)
+    stream, metadata = io.BytesIO(), dict(Description=stated, Software=None)
     figure.savefig(stream, format='png', metadata=metadata)
     write_file(path, stream.getvalue(), overwrite)
     print(f'wrote {path}')

@@ -6,7 +6,7 @@ docs/figures.md.
 """
 
 import argparse
-import math
+import re
 from functools import partial
 
 import common
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from convmlp_mm.launch import one_line_errors
 from convmlp_mm.predict import read_image
 
-NUM_DEPTHS = 4
+STAGE = re.compile(r'(stages|layers|blocks)\.\d+|layer\d+')
 RULE = (
     'Shown are the {} channels of each stage that vary most over the image (largest '
     'standard deviation first; numbers are channel indices),\neach scaled from its own '
@@ -30,20 +30,13 @@ RULE = (
 def find_stages(backbone: nn.Module) -> list[str]:
     """Name the modules whose outputs are shown; of a row of equal blocks, four."""
     if hasattr(backbone, 'feature_points'):
-        names = [point.name for point in backbone.feature_points]
-    elif hasattr(backbone, 'res_layers'):
-        names = backbone.res_layers
-    elif getattr(backbone, 'feature_info', None):
-        names = [info['module'] for info in backbone.feature_info]
-    else:
-        lists = [k for k in ('stages', 'layers', 'blocks') if hasattr(backbone, k)]
-        if not lists:
-            kind = type(backbone).__name__
-            raise ValueError(f'{kind} does not say what its stages are')
-        names = [f'{lists[0]}.{i}' for i in range(len(getattr(backbone, lists[0])))]
-    if len(names) > NUM_DEPTHS + 1:
-        steps = range(1, NUM_DEPTHS + 1)
-        names = [names[i * len(names) // NUM_DEPTHS - 1] for i in steps]
+        return [point.name for point in backbone.feature_points]
+    names = [name for name, _ in backbone.named_modules() if STAGE.fullmatch(name)]
+    if not names:
+        kind = type(backbone).__name__
+        raise ValueError(f'{kind} has no stages, layers or blocks of its own')
+    if len(names) > 5:
+        names = [names[i * len(names) // 4 - 1] for i in (1, 2, 3, 4)]
     return names
 
 
@@ -60,12 +53,8 @@ def as_map(output: object, size: tuple[int, int]) -> Tensor:
 
 
 def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
-    """Compute what the stages of a backbone hand to each other.
-
-    ``inputs`` is one normalised image (1, 3, H, W). The maps of a stage are (C, h, w).
-    """
-    backbone = getattr(model, 'backbone', None) or model.model
-    stages = {}
+    """Compute the maps (C, h, w) of each stage for one normalised image."""
+    backbone, stages = common.backbone_of(model), {}
 
     def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
         # A later layer may work in place.
@@ -87,7 +76,7 @@ def choose_channels(maps: Tensor, number: int) -> list[int]:
 def draw(rows: list[tuple], number: int) -> Figure:
     """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
     columns = 2 + max(len(stages) for _, _, stages in rows)
-    side = math.ceil(number**0.5)
+    side = int(number**0.5)
     # In inches: two lines of title above maps of the image's proportions.
     heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
     size = 2.1 * columns, sum(heights) + 0.4
@@ -121,11 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image to look at')
     common.add_arguments(parser)
-    parser.add_argument('--channels', type=int, default=9, help='of each stage, 1-64')
+    text = 'maps of each stage; default: 9'
+    choices = [n * n for n in range(1, 9)]
+    parser.add_argument('--channels', type=int, default=9, choices=choices, help=text)
     args = parser.parse_args()
     with one_line_errors():
-        if not 1 <= args.channels <= 64:
-            raise ValueError(f'--channels must be 1 to 64, but got {args.channels}')
         image = read_image(args.image)
         sources = common.load_models(args, need_head=False)
         rows = [

@@ -67,11 +67,8 @@ def describe_machine(args: argparse.Namespace) -> dict:
         date=time.strftime('%Y-%m-%d'),
     )
     if args.device == 'cuda':
-        query = [
-            'nvidia-smi',
-            '--query-gpu=name,driver_version',
-            '--format=csv,noheader',
-        ]
+        query = ['nvidia-smi', '--query-gpu=name,driver_version']
+        query.append('--format=csv,noheader')
         card = subprocess.run(query, capture_output=True, text=True).stdout.strip()
         found.update(card=card, cudnn=torch.backends.cudnn.version())
     return found

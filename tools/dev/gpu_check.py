@@ -19,6 +19,7 @@ found to OUT/STAGE.json check by check, so that what was seen before a failure s
 """
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -27,8 +28,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# The checks of the first four stages and of the hooks are tests.
-CHECKS = ROOT / 'tests' / 'gpu'
 # Backbones of about the size of ConvMLP-M, as mmpretrain builds them.
 OTHERS = (
     'mmpretrain::resnet/resnet50_8xb32_in1k.py@channels-last,',
@@ -53,8 +52,10 @@ SYSTEMS = {
     'mask_rcnn_convmlp_s': (2, (800, 1333), 'coco'),
     'semantic_fpn_convmlp_s': (4, (512, 512), 'ade/ADEChallengeData2016'),
 }
-STAGES = ('build', 'right', 'train', 'survive', 'infer', 'steps', 'systems')
-STAGES += ('compiled', 'hooks', 'feed')
+# The modules in tests/gpu with their functions; the others are benchmarks.
+STAGES = dict(build='equality', right='equality', train='runs', survive='runs')
+STAGES |= dict.fromkeys(('infer', 'steps', 'systems', 'compiled'))
+STAGES |= dict(hooks='runs', feed=None)
 
 
 def pair(name: str, mode: str, *options: str) -> list[str]:
@@ -193,16 +194,10 @@ def run_stage(args: argparse.Namespace) -> int:
 
     (stage,) = args.stages
     results = Results(args, stage)
-    if stage in ('build', 'right'):
-        import equality
-
-        getattr(equality, stage)(args, results)
-    elif stage in ('train', 'survive', 'hooks'):
-        import runs
-
-        getattr(runs, stage)(args, results)
-    else:
+    if STAGES[stage] is None:
         run_benchmarks(args, results, stage)
+    else:
+        getattr(importlib.import_module(STAGES[stage]), stage)(args, results)
     return int(any(check['passed'] is False for check in results.found['checks']))
 
 
@@ -234,7 +229,7 @@ def parse_args() -> argparse.Namespace:
     if 'feed' in args.stages and args.data is None:
         parser.error('feed needs --data, with coco, ade and photos in it')
     if not args.stages:
-        args.stages = list(STAGES[: None if args.data else -1])
+        args.stages = list(STAGES)[: None if args.data else -1]
     args.out = args.out.absolute()
     args.data = args.data and args.data.absolute()
     return args
@@ -242,7 +237,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sys.path[:0] = [str(CHECKS), str(ROOT)]
+    sys.path[:0] = [str(ROOT / 'tests' / 'gpu'), str(ROOT)]
     if args.inside:
         raise SystemExit(run_stage(args))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmengine.model import BaseModel
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import nn
 
 from convmlp_mm.apis import get_model, load_weights
 from convmlp_mm.checkpoint import check_output, hash_file, locate_checkpoint, write_file
@@ -33,89 +33,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that all figures have."""
     add = parser.add_argument
     add('--out', required=True, type=osp.expanduser, help='figure to write, .png')
-    text = 'names of this package, files, mmdet:: (...) and a file, timm:: and a name'
+    text = (
+        'models in the form [TITLE=]NAME[@WEIGHTS]: NAME is of this package, a file, '
+        'mmdet:: (...) and a file, or timm:: and a name; WEIGHTS is published, a path '
+        'or a URL, random without it'
+    )
     add('--models', nargs='+', required=True, metavar='MODEL', help=text)
-    text = 'for each model: none (random, the default), published, or a path or URL'
-    add('--weights', nargs='+', metavar='WEIGHTS', help=text)
-    add('--names', nargs='+', metavar='NAME', help='what the figure calls the models')
     text = 'pixels that the models see; one that takes a single size keeps it'
     add('--size', nargs=2, type=int, default=(224, 224), metavar=('H', 'W'), help=text)
     add('--overwrite', action='store_true', help='replace the figure')
 
 
 def load_models(args: argparse.Namespace, need_head: bool = True) -> list[StatedModel]:
-    """Check all options of :func:`add_arguments`, then load the models."""
-    count = len(args.models)
-    weights = args.weights or ['none'] * count
-    names = args.names or [osp.basename(name.split('::')[-1]) for name in args.models]
-    for option, given in (('weights', weights), ('names', names)):
-        if len(given) != count:
-            raise ValueError(
-                f'--{option} must be one for each of the {count} models, but there are '
-                f'{len(given)}'
-            )
+    """Check the options of :func:`add_arguments`, then load the models."""
     if not args.out.endswith('.png'):
         raise ValueError(f'--out must end with .png, but got {args.out!r}')
     check_output(args.out, args.overwrite)
-    jobs = zip(args.models, weights, names)
-    return [load_model(*job, need_head) for job in jobs]
+    return [load_model(text, need_head) for text in args.models]
 
 
-def load_model(
-    model: str, weights: str, name: str, need_head: bool = True
-) -> StatedModel:
-    """Build a model, load its weights unless ``'none'``, and state which they are.
+def load_model(text: str, need_head: bool = True) -> StatedModel:
+    """Build ``[TITLE=]NAME[@WEIGHTS]``, load the weights, and state which they are.
 
-    The file must have every tensor of the model, or without ``need_head`` of its
-    backbone.
+    They must be all of the model, or without ``need_head`` of its backbone.
     """
-    if weights == 'published':
-        weights = published_weights(model)
+    text, _, weights = text.partition('@')
+    title, _, name = text.rpartition('=')
+    title = title or osp.basename(name.rpartition('::')[2])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = get_model(model).requires_grad_(False)
-    if weights == 'none':
-        return StatedModel(name, built, 'random weights (seed 0)')
-    partial = not need_head and hasattr(built, 'backbone')
-    load_weights(built, weights, partial, skip_heads=not need_head)
+        model = get_model(name).requires_grad_(False)
+    if not weights:
+        return StatedModel(title, model, 'random weights (seed 0)')
+    if weights == 'published':
+        weights = published_weights(name)
+    partial = not need_head and hasattr(model, 'backbone')
+    load_weights(model, weights, partial, skip_heads=not need_head)
     path = locate_checkpoint(weights)
     digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
-    return StatedModel(name, built, f'weights: {osp.basename(weights)}{digest}')
-
-
-def prepare(
-    source: StatedModel, image: np.ndarray, size: tuple[int, int]
-) -> tuple[np.ndarray, Tensor]:
-    """Cut the centre of an image to the size that a model sees, and normalise it.
-
-    Returns the image (H, W, 3), red first, and the input of the model (1, 3, H, W).
-    """
-    network = backbone_of(source.model)
-    given = getattr(network, 'pretrained_cfg', {})
-    if type(network).__name__ == 'MlpMixer' and not given:
-        size = network.img_size
-    elif given.get('fixed_input_size'):
-        size = given['input_size'][1:]
-    seen = np.array(ImageOps.fit(Image.fromarray(image), (size[1], size[0])))
-    planes = torch.from_numpy(seen).permute(2, 0, 1)
-    inputs = source.model.data_preprocessor(dict(inputs=[planes]))['inputs']
-    return seen[..., ::-1], inputs
-
-
-def backbone_of(model: BaseModel) -> nn.Module:
-    """Return the backbone; classifiers of timm have none of their own."""
-    return getattr(model, 'backbone', None) or model.model
+    return StatedModel(title, model, f'weights: {osp.basename(weights)}{digest}')
 
 
 def run(
     source: StatedModel, image: np.ndarray, size: tuple[int, int], compute: Callable
 ) -> tuple:
-    """Return the part of an image that a model sees, and what is computed of it."""
-    seen, inputs = prepare(source, image, size)
+    """Cut the centre of an image to the size that a model sees, and compute with it.
+
+    Returns the image (H, W, 3), red first, and what ``compute`` makes of the model and
+    of its normalised input (1, 3, H, W).
+    """
+    network = backbone_of(source.model)
+    given = getattr(network, 'pretrained_cfg', {})
+    if given.get('fixed_input_size'):
+        size = given['input_size'][1:]
+    elif type(network).__name__ == 'MlpMixer' and not given:
+        size = network.img_size
+    seen = np.array(ImageOps.fit(Image.fromarray(image), (size[1], size[0])))
+    planes = torch.from_numpy(seen).permute(2, 0, 1)
+    inputs = source.model.data_preprocessor(dict(inputs=[planes]))['inputs']
     try:
-        return seen, compute(source.model, inputs)
+        return seen[..., ::-1], compute(source.model, inputs)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f'{source.name} cannot run at this size: {error}') from error
+
+
+def backbone_of(model: BaseModel) -> nn.Module:
+    """Return the backbone; classifiers of timm have none of their own."""
+    return getattr(model, 'backbone', None) or model.model
 
 
 def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:

@@ -33,8 +33,7 @@ def find_stages(backbone: nn.Module) -> list[str]:
         return [point.name for point in backbone.feature_points]
     names = [name for name, _ in backbone.named_modules() if STAGE.fullmatch(name)]
     if not names:
-        kind = type(backbone).__name__
-        raise ValueError(f'{kind} has no stages, layers or blocks of its own')
+        raise ValueError(f'{type(backbone).__name__} has no stages, layers or blocks')
     if len(names) > 5:
         names = [names[i * len(names) // 4 - 1] for i in (1, 2, 3, 4)]
     return names
@@ -110,9 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image to look at')
     common.add_arguments(parser)
-    text = 'maps of each stage; default: 9'
-    choices = [n * n for n in range(1, 9)]
-    parser.add_argument('--channels', type=int, default=9, choices=choices, help=text)
+    squares = [n * n for n in range(1, 9)]
+    parser.add_argument('--channels', type=int, default=9, choices=squares)
     args = parser.parse_args()
     with one_line_errors():
         image = read_image(args.image)

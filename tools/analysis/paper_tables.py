@@ -30,20 +30,14 @@ complexity = importlib.import_module('complexity')
 PAPER = Path(__file__).with_suffix('.yml')
 PAGE = ROOT / 'docs' / 'efficiency.md'
 LABELS = dict(name='model', kind='kind', epochs='epochs', top1='top-1')
-# With the digits of what is counted.
-FIGURES = {
-    'params': ('params (M)', 2),
-    'trainable': ('trainable (M)', 2),
-    'gmacs': ('GMACs', 2),
-    'acc_per_gmac': ('Acc/GMACs', 1),
-    'acc_per_mparam': ('Acc/MParams', 1),
-}
+FIGURES = dict(params='params (M)', trainable='trainable (M)', gmacs='GMACs')
+FIGURES |= dict(acc_per_gmac='Acc/GMACs', acc_per_mparam='Acc/MParams')
 # Dark enough for small words on white; the markers tell the kinds apart too.
 STYLES = {
     'Convolution': dict(color='#0072B2', marker='s'),
     'Transformer': dict(color='#007A5A', marker='^'),
     'MLP': dict(color='#A3458F', marker='o'),
-    'ConvMLP': dict(color='#D55E00', marker='*'),
+    'ConvMLP': dict(color='#D55E00', marker='*', ms=15, ls='-', zorder=3),
 }
 
 
@@ -84,10 +78,10 @@ def format_rows(rows: list[tuple[dict, complexity.Complexity | None]]) -> str:
     for row, found in rows:
         cells = [str(row[key]) for key in labels]
         for key in columns:
-            counted = f'{found[key]:.{FIGURES[key][1]}f}' if key in found else '-'
+            counted = f'{found[key]:.2f}' if key in found else '-'
             cells.append(f'{row[key]} / {counted}' if key in row else counted)
         lines.append([*cells, f'`{row["config"]}`' if found else '-'])
-    header = [LABELS[key] for key in labels] + [FIGURES[key][0] for key in columns]
+    header = [(LABELS | FIGURES)[key] for key in (*labels, *columns)]
     left = (0, 1) if 'kind' in labels else (0,)
     return format_table([*header, 'counted is'], lines, 'markdown', left)
 
@@ -109,19 +103,16 @@ def draw_tradeoff(rows: list[dict]) -> Figure:
     figure = Figure((12, 6.6), dpi=110, layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
     axes[0].set(xlabel='multiply-accumulates (1e9)', xscale='log', xlim=(0.15, 60))
-    axes[1].set(xlabel='parameters (millions)', xscale='log', xlim=(3.8, 270))
     axes[0].set(ylabel='ImageNet-1k top-1 accuracy (%)')
+    axes[1].set(xlabel='parameters (millions)', xscale='log', xlim=(3.8, 270))
     ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50), (5, 10, 20, 50, 100, 200)
     for panel, (ax, key) in enumerate(zip(axes, ('gmacs', 'params'))):
         ax.set_xticks(ticks[panel], map(str, ticks[panel]))
         ax.minorticks_off()
         ax.grid(alpha=0.25)
         for kind, style in STYLES.items():
-            ours = kind == 'ConvMLP'
-            line = '-' if ours else 'none'
             points = [(row[key], row['top1']) for row in rows if row['kind'] == kind]
-            look = dict(markersize=15 if ours else 6, linestyle=line, zorder=2 + ours)
-            ax.plot(*zip(*points), label=kind, **look, **style)
+            ax.plot(*zip(*points), label=kind, **{'ms': 6, 'ls': 'none', **style})
         for row in rows:
             x, y = row.get('label', ((8, 0), (8, 0)))[panel]
             look = dict(color=STYLES[row['kind']]['color'], fontsize=8)

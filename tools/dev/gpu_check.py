@@ -222,10 +222,10 @@ def parse_args() -> argparse.Namespace:
     add('--settings', nargs='+', default=[], help='KEY=VALUE of the quick start')
     add('--inside', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    known = [*STAGES, 'report']
     for stage in args.stages:
-        if stage not in (*STAGES, 'report'):
-            known = ', '.join((*STAGES, 'report'))
-            parser.error(f'unknown stage {stage!r}; there are {known}')
+        if stage not in known:
+            parser.error(f'unknown stage {stage!r}; there are {", ".join(known)}')
     if 'feed' in args.stages and args.data is None:
         parser.error('feed needs --data, with coco, ade and photos in it')
     if not args.stages:

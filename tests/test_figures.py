@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import load_model, prepare, state
+from common import load_model, run, state
 from feature_maps import as_map, choose_channels, extract_stages
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -16,16 +16,11 @@ from saliency import compute_saliency
 
 from convmlp_mm import get_model
 from convmlp_mm.predict import read_image
-from convmlp_mm.zoo import find_config
 
 RETINANET = 'retinanet_convmlp_s'
 SWIN = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k'
 CIFAR = 'transfer/convmlp_s_cifar10'
 MIXER = 'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k'
-
-
-def load(name, weights=None):
-    return load_model(find_config(name), weights, name)
 
 
 @pytest.fixture(scope='module')
@@ -51,8 +46,8 @@ def weights(tmp_path_factory):
     'name', ['retinanet_convmlp_s', 'baselines/retinanet_resnet18']
 )
 def test_maps_are_those_that_the_backbone_gives(image, name):
-    source = load(name)
-    seen, inputs = prepare(source, read_image(image), (64, 96))
+    source = load_model(name)
+    seen, inputs = run(source, read_image(image), (64, 96), lambda model, x: x)
     assert seen.shape == (64, 96, 3)
     stages = extract_stages(source.model, inputs)
     with torch.no_grad():
@@ -69,8 +64,8 @@ def test_channels_are_chosen_by_their_spread():
 
 
 def test_model_of_one_size_keeps_it_and_its_tokens_become_maps(image):
-    source = load(MIXER)
-    seen, inputs = prepare(source, read_image(image), (64, 64))
+    source = load_model(MIXER)
+    seen, inputs = run(source, read_image(image), (64, 64), lambda model, x: x)
     assert seen.shape[:2] == (224, 224)
     stages = extract_stages(source.model, inputs)
     assert list(stages) == [f'layers.{i}' for i in (2, 5, 8, 11)]
@@ -91,7 +86,7 @@ def test_tokens_return_to_their_grid_without_a_class_token(grid, size, extra):
 
 
 def test_statement_tells_random_from_loaded_weights(weights):
-    random, loaded = load(CIFAR), load(CIFAR, weights)
+    random, loaded = load_model(CIFAR), load_model(f'{CIFAR}@{weights}')
     digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     assert random.weights == 'random weights (seed 0)'
     assert loaded.weights == f'weights: epoch_1.pth (SHA-256 {digest[:8]})'
@@ -108,8 +103,8 @@ def test_statement_tells_random_from_loaded_weights(weights):
 
 
 def test_saliency_is_the_gradient_of_the_predicted_score(image):
-    source = load(CIFAR)
-    _, inputs = prepare(source, read_image(image), (64, 64))
+    source = load_model(CIFAR)
+    _, inputs = run(source, read_image(image), (64, 64), lambda model, x: x)
     found, scores = compute_saliency(source.model, inputs)
     x = inputs.clone().requires_grad_()
     fc = source.model.head.fc
@@ -122,9 +117,9 @@ def test_saliency_is_the_gradient_of_the_predicted_score(image):
 
 def test_saliency_of_the_command_line(tool, image, weights, tmp_path):
     out = tmp_path / 'figure.png'
-    command = ['analysis/saliency.py', image, image, '--labels', 'dog', '0']
-    command += ['--models', CIFAR, CIFAR, '--weights', weights, 'none']
-    command += ['--names', 'ours', 'untrained', '--size', '64', '96', '--out', out]
+    command = ['analysis/saliency.py', f'{image}=dog', f'{image}=ship', image]
+    command += ['--models', f'ours={CIFAR}@{weights}', f'untrained={CIFAR}']
+    command += ['--size', '64', '96', '--out', out]
     done = tool(*command)
     assert done.returncode == 0, done.stderr
     stated = json.loads(Image.open(out).text['Description'])
@@ -140,8 +135,8 @@ def test_saliency_of_the_command_line(tool, image, weights, tmp_path):
 
 def test_feature_maps_of_the_command_line(tool, image, tmp_path):
     out = tmp_path / 'figure.png'
-    command = ['analysis/feature_maps.py', image, '--models', CIFAR]
-    command += ['--names', 'ours', '--size', 64, 64, '--out', out]
+    command = ['analysis/feature_maps.py', image, '--models', f'ours={CIFAR}']
+    command += ['--size', 64, 64, '--out', out]
     done = tool(*command)
     assert done.returncode == 0, done.stderr
     stated = json.loads(Image.open(out).text['Description'])
@@ -155,20 +150,18 @@ def test_feature_maps_of_the_command_line(tool, image, tmp_path):
     'options, fragment',
     [
         (['--models', 'nothing'], "no configuration 'nothing'"),
-        (['--models', CIFAR, '--size', '16', '64'], '--size must be at least 32'),
-        (['--models', CIFAR, '--weights', 'none', 'none'], '--weights must be one for'),
-        (['--models', CIFAR, '--weights', 'no.pth'], "weights 'no.pth'"),
-        (['--models', CIFAR, '--labels', 'a', 'b'], '--labels must be one for each'),
-        (['--models', 'convmlp_s_imagenet', '--labels', 'hub'], "has no class 'hub'"),
+        (['--models', f'{CIFAR}@no.pth'], "checkpoint 'no.pth' does not exist"),
+        (['hub.png=hub', '--models', 'convmlp_s_imagenet'], "has no class {'hub'}"),
         (['--models', 'retinanet_convmlp_s'], 'is no classifier'),
-        (['--models', SWIN, '--size', '64', '96'], 'cannot be run at this size'),
+        (['--models', SWIN, '--size', '64', '96'], 'cannot run at this size'),
         (['--models', CIFAR, '--out', 'no/x.png'], "folder 'no' does not exist"),
         (['--models', CIFAR, '--out', 'x.jpg'], '--out must end with .png'),
     ],
 )
 def test_mistakes_are_said_in_one_line(tool, image, tmp_path, options, fragment):
     out = [] if '--out' in options else ['--out', tmp_path / 'x.png']
-    done = tool('analysis/saliency.py', image, *options, *out)
+    named = [option.replace('hub.png', image) for option in options]
+    done = tool('analysis/saliency.py', image, *named, *out)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if 'error:' in line]
     assert len(lines) == 1 and fragment in lines[0]

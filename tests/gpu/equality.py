@@ -16,6 +16,17 @@ HEADLINES = (
     'semantic_fpn_convmlp_s.py',
     'convmlp_s_imagenet.py',
 )
+# With products in TF32 or not, and the type.
+PRECISIONS = (
+    (False, torch.float32),
+    (True, torch.float32),
+    (False, torch.bfloat16),
+    (False, torch.float16),
+)
+
+
+def name_of(tf32: bool, dtype: torch.dtype) -> str:
+    return 'TF32' if tf32 else str(dtype).removeprefix('torch.')
 
 
 def build(args: argparse.Namespace, results: Results) -> None:
@@ -48,10 +59,8 @@ def build(args: argparse.Namespace, results: Results) -> None:
             found = []
             for device in ('cpu', args.device):
                 operator.to(device).zero_grad()
-                leaves = [
-                    x.to(device).requires_grad_() for x in map(torch.clone, inputs)
-                ]
-                leaves = [x.detach().requires_grad_() for x in leaves]
+                # Leaves of their own: on the CPU, to() copies nothing.
+                leaves = [x.clone().to(device).requires_grad_() for x in inputs]
                 out = operator(*leaves, *(x.to(device) for x in constants))
                 out.square().mean().backward()
                 grads = [x.grad for x in (*leaves, *operator.parameters())]
@@ -114,26 +123,16 @@ def compare_precisions(arch: str, reference: dict, args, results: Results) -> No
     ):
         found = error(network, x)
         results.add(f'{arch} in float32, {name}', found <= 1e-5, error=found)
-    lower = {
-        'TF32': dict(tf32=True),
-        'bfloat16': dict(dtype=torch.bfloat16),
-        'float16': dict(dtype=torch.float16),
-    }
-    for name, settings in lower.items():
-        found, published = (
-            error(model, image, **settings),
-            error(twin, image, **settings),
-        )
+    for tf32, dtype in PRECISIONS[1:]:
+        name = name_of(tf32, dtype)
+        found = error(model, image, dtype, tf32)
+        published = error(twin, image, dtype, tf32)
         # Rounding differs with the kernels that are chosen, not by how much.
         passed = found <= 2 * published
         results.add(f'{arch} in {name}', passed, error=found, published=published)
     model.switch_to_deploy()
-    for name, dtype, tf32 in (
-        ('float32', torch.float32, False),
-        ('TF32', torch.float32, True),
-        ('bfloat16', torch.bfloat16, False),
-        ('float16', torch.float16, False),
-    ):
+    for tf32, dtype in PRECISIONS:
+        name = name_of(tf32, dtype)
         with results.checking(f'{arch} folded, {name}'):
             set_tf32(tf32)
             folded = copy.deepcopy(model).to(dtype)
@@ -170,15 +169,10 @@ def compare_system(name: str, layout: dict, args, results: Results) -> None:
     values = dict(losses=losses, gradients=gradients[worst], worst=worst)
     results.add(f'{name}, float64 against the CPU', passed, **values)
     model.float()
-    for tf32, dtype in (
-        (False, torch.float32),
-        (True, torch.float32),
-        (False, torch.bfloat16),
-        (False, torch.float16),
-    ):
+    for tf32, dtype in PRECISIONS:
         set_tf32(tf32)
         mixed = torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
-        label = 'TF32' if tf32 else str(dtype).removeprefix('torch.')
+        label = name_of(tf32, dtype)
         with results.checking(f'{name} in {label}'), mixed:
             found = layout['train_step'](model, torch.float32)
             error = abs(float(found['loss'] / expected['loss']) - 1)

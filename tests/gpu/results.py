@@ -49,7 +49,7 @@ def state(values: dict) -> str:
     """Say the values of a check in a line, without tables and curves."""
     found = []
     for key, value in values.items():
-        if key not in ('models', 'loading', 'curve'):
+        if key not in ('name', 'passed', 'models', 'loading', 'curve'):
             text = f'{value:.3g}' if isinstance(value, float) else str(value)
             found.append(f'{key.replace("_", " ")} {text}')
     return ', '.join(found)
@@ -67,11 +67,8 @@ def describe_machine(args: argparse.Namespace) -> dict:
         date=time.strftime('%Y-%m-%d'),
     )
     if args.device == 'cuda':
-        query = [
-            'nvidia-smi',
-            '--query-gpu=name,driver_version',
-            '--format=csv,noheader',
-        ]
+        query = ['nvidia-smi', '--query-gpu=name,driver_version']
+        query.append('--format=csv,noheader')
         card = subprocess.run(query, capture_output=True, text=True).stdout.strip()
         found.update(card=card, cudnn=torch.backends.cudnn.version())
     return found

@@ -157,11 +157,8 @@ def train(args: argparse.Namespace, results: Results) -> None:
     if args.data is not None:
         with results.checking('CIFAR-10 from scratch'):
             code, _, seconds = cifar.wait()
-            top = [
-                x['accuracy/top1']
-                for x in scalars(out / 'cifar')
-                if 'accuracy/top1' in x
-            ]
+            lines = scalars(out / 'cifar')
+            top = [x['accuracy/top1'] for x in lines if 'accuracy/top1' in x]
             values = dict(top1=top, epochs=args.epochs, seconds=seconds)
             results.add('CIFAR-10 from scratch', code == 0 and top[-1] > 20, **values)
 
@@ -179,10 +176,8 @@ def survive(args: argparse.Namespace, results: Results) -> None:
     launches = {}
     for name, (kills, deterministic, env) in kinds.items():
         folder = name.replace(', ', '_').replace(' ', '_')
-        command = [
-            os.path.relpath(chaos, ROOT / 'tools'),
-            args.out / 'survive' / folder,
-        ]
+        command = [os.path.relpath(chaos, ROOT / 'tools')]
+        command.append(args.out / 'survive' / folder)
         options = ['--kills', kills, '--signal', name.split(',')[0], *common]
         options += ['--cfg-options', f'randomness.deterministic={deterministic}']
         launches[name] = Launch(args, folder, *command, *options, **env)
@@ -225,9 +220,8 @@ def hooks(args: argparse.Namespace, results: Results) -> None:
     out = args.out / 'hooks'
     out.mkdir(exist_ok=True)
     shapes = out / 'shapes'
-    Launch(
-        args, 'shapes3', 'data/make_shapes_dataset.py', shapes, '--train', 800
-    ).wait()
+    maker = ['data/make_shapes_dataset.py', shapes, '--train', 800]
+    Launch(args, 'shapes3', *maker).wait()
     few = out / 'few.py'
     kept = "[x for x in _base_.runtime_hooks if x.type == 'ChannelsLastHook']"
     few.write_text(f'_base_ = {str(QUICKSTART)!r}\ncustom_hooks = {kept}\n')

@@ -36,48 +36,28 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from mmengine.structures import PixelData
 from mmengine.utils.dl_utils import set_multi_processing
-from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from convmlp_mm import ConvMLP, launch
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.checkpoint import check_output, write_file
-from convmlp_mm.hooks.model import (
-    compile_backbone,
-    operator_of_mmcv,
-    use_channels_last,
-)
+from convmlp_mm.hooks.model import compile_backbone, operator_of_mmcv, use_channels_last
 from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.launch.runner import plain_optim_wrapper
 from convmlp_mm.launch.tables import format_table
 from convmlp_mm.toolkits import default_shape, toolkit_of
 from convmlp_mm.zoo import WORKER_KEYS, find_config
 
-# With the modes in which each makes sense.
-OPTIONS = {
-    'deploy': ('infer',),
-    'tf32': ('infer', 'train'),
-    'bf16': ('infer', 'train'),
-    'fp16': ('infer', 'train'),
-    'channels-last': ('infer', 'train'),
-    'cp': ('train',),
-    'compile': ('infer', 'train'),
-    'graph': ('infer',),
-}
+BOTH = ('tf32', 'bf16', 'fp16', 'channels-last', 'compile')
+OPTIONS = dict(infer=('deploy', *BOTH, 'graph'), train=(*BOTH, 'cp'))
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 PUBLISHED = 'published::'
 REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
 # Largest difference over the largest value, in float64.
 TOLERANCE = 1e-6
-
-
-# Settings of twins that have been checked in this process.
-_CHECKED: list[dict] = []
 
 
 class Entry(NamedTuple):
@@ -93,36 +73,24 @@ class Entry(NamedTuple):
         """The type that products are computed in."""
         return next((DTYPES[o] for o in self.options if o in DTYPES), torch.float32)
 
-    @property
-    def precision(self) -> str:
-        """Its name, as the ceilings have it."""
-        names = ('bf16', 'fp16', 'tf32')
-        return next((o for o in names if o in self.options), 'float32')
-
 
 def parse_entry(text: str, mode: str) -> Entry:
     """Read NAME[@OPTION,...] and check all that can be checked before it is built."""
     name, *given = text.rsplit('@', 1)
     options = given[0].split(',') if given else []
+    known = ', '.join(OPTIONS[mode])
     for option in options:
-        if option not in OPTIONS:
-            known = ', '.join(OPTIONS)
-            raise ValueError(f'{text!r}: unknown option {option!r}; there are {known}')
-        if mode not in OPTIONS[option]:
-            raise ValueError(f'{text!r}: {option!r} is not for {mode}')
+        if option not in OPTIONS[mode]:
+            raise ValueError(f'{text!r}: no option {option!r} of {mode} in {known}')
     if len({'tf32', *DTYPES} & set(options)) > 1:
         raise ValueError(f'{text!r} names more than one precision')
     published, name = name.startswith(PUBLISHED), name.removeprefix(PUBLISHED)
     if 'deploy' in options and published:
         raise ValueError(f"{text!r}: 'deploy' is not for {PUBLISHED}")
     cfg = find_config(name)
-    kind = (cfg.model.get('backbone') or {}).get('type')
-    if published and kind != 'ConvMLP':
-        raise ValueError(f'{text!r} is for ConvMLP, but its backbone is {kind}')
-    if published and not REFERENCE.is_file():
-        raise ValueError(
-            f'{text!r} needs tests/reference.py, which only a checkout has'
-        )
+    backbone = cfg.model.get('backbone') or {}
+    if published and backbone.get('type') != 'ConvMLP':
+        raise ValueError(f'{text!r} is for ConvMLP, not for {backbone.get("type")}')
     return Entry(text, cfg, published, options)
 
 
@@ -135,9 +103,7 @@ def published_backbone(ours: ConvMLP, settings: dict) -> nn.Module:
     twin = reference['PublishedConvMLP'](**settings)
     twin.load_state_dict(ours.state_dict())
     twin.train(ours.training)
-    if settings not in _CHECKED:
-        check_equal(ours, twin)
-        _CHECKED.append(settings)
+    check_equal(ours, twin)
     return twin
 
 
@@ -180,8 +146,8 @@ def _compute(backbone: nn.Module) -> dict[str, torch.Tensor]:
 def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dict:
     """Draw images and labels as the loader of the model's toolkit hands them out."""
     scope = model.cfg.default_scope
+    # The largest number, since the head of a region proposal network has one class.
     known = [getattr(module, 'num_classes', None) for module in model.modules()]
-    # The largest, since the head of a region proposal network has one class.
     classes = max([2, *(n for n in known if isinstance(n, int))])
     if scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
@@ -194,26 +160,21 @@ def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dic
     if torch.cuda.is_available():
         # As the loaders of the recipes do, so that copies to the GPU are fast.
         images = images.pin_memory()
-    if scope == 'mmpretrain':
-        from mmpretrain.structures import DataSample
-
-        labels = torch.randint(classes, (batch_size,)).tolist()
-        samples = [DataSample().set_gt_label(label) for label in labels]
-        return dict(inputs=images, data_samples=samples)
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
     meta = dict(ori_shape=shape, img_shape=shape, scale_factor=(1.0, 1.0), flip=False)
-    samples = [SegDataSample(metainfo=meta) for _ in images]
+    samples = [toolkit_of(scope).sample_class()(metainfo=meta) for _ in images]
     for sample in samples:
-        sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *shape)))
-    return dict(inputs=list(images), data_samples=samples)
+        if scope == 'mmpretrain':
+            sample.set_gt_label(torch.randint(classes, (1,)))
+        else:
+            sample.gt_sem_seg = PixelData(data=torch.randint(classes, (1, *shape)))
+    # mmseg stacks the images itself.
+    return dict(inputs=[*images] if scope == 'mmseg' else images, data_samples=samples)
 
 
 def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
     """Build a model; return its forward pass or optimizer step, without arguments."""
     torch.manual_seed(0)
-    cfg = entry.cfg
+    cfg, options = entry.cfg, entry.options
     model = revert_sync_batchnorm(build_model(cfg))
     if cfg.default_scope == 'mmseg':
         # Training would pad to the size of the recipe.
@@ -221,63 +182,37 @@ def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
         model.data_preprocessor.size_divisor = None
     if entry.published:
         model.backbone = published_backbone(model.backbone, cfg.model.backbone)
-    if 'deploy' in entry.options:
+    if 'deploy' in options:
         switch_to_deploy(model)
-    layout = torch.preserve_format
-    for module in model.modules() if 'cp' in entry.options else ():
-        if hasattr(module, 'with_cp'):
+    for module in model.modules():
+        if 'cp' in options and hasattr(module, 'with_cp'):
             module.with_cp = True
-    if 'channels-last' in entry.options:
-        layout, operator = torch.channels_last, operator_of_mmcv(model)
-        if operator:
-            raise ValueError(
-                f"{entry.text!r}: 'channels-last' is refused, since {operator} reads "
-                'such maps as if they were contiguous and computes other values'
-            )
-    else:
+    layout = torch.preserve_format
+    if 'channels-last' not in options:
         # ChannelsLastHook of our recipes does so.
         use_channels_last(model)
+    elif operator := operator_of_mmcv(model):
+        raise ValueError(
+            f"{entry.text!r}: 'channels-last' is refused, since {operator} reads "
+            'such maps as if they were contiguous and computes other values'
+        )
+    else:
+        layout = torch.channels_last
     model.to(device=args.device, memory_format=layout)
     # The twin has drawn weights; the images are to be the same for all.
     torch.manual_seed(0)
     batch = draw_batch(model, args.batch_size, shape)
     build = _inference if args.mode == 'infer' else _training
-    step, tf32 = build(entry, model, batch, layout), 'tf32' in entry.options
+    step = build(entry, model, batch, layout)
+    if 'compile' in options:
+        compile_backbone(model.backbone, {})
 
     def precise_step():
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = 'tf32' in options
+        torch.backends.cudnn.allow_tf32 = 'tf32' in options
         return step()
 
-    # Fused operators could not be counted one by one.
-    work = count_work(precise_step)
-    if 'compile' in entry.options:
-        compile_backbone(model.backbone, {})
-    return as_graph(precise_step) if 'graph' in entry.options else precise_step, work
-
-
-class Traffic(TorchDispatchMode):
-    """Count the bytes if each operator moves its own tensors once.
-
-    Attributes:
-        bytes (int): Of the inputs and outputs of all operators that make no view.
-    """
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            leaves = tree_leaves((args, kwargs, out))
-            self.bytes += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
-        return out
-
-
-def count_work(step) -> dict[str, int]:
-    """Run a step; return its operations, an addition counting as one, and bytes."""
-    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
-        step()
-    return dict(flops=counter.get_total_flops(), bytes=traffic.bytes)
+    return as_graph(precise_step) if 'graph' in options else precise_step
 
 
 def as_graph(step):
@@ -293,52 +228,15 @@ def as_graph(step):
     return graph.replay
 
 
-def measure_ceilings(device: str) -> dict[str, float]:
-    """Measure what a device can do: operations and copied bytes a second.
-
-    Returns:
-        dict: The rate of a product of two large matrices by precision, and ``copy``,
-        the bytes read and written a second while a large tensor is copied.
-    """
-    cuda = device != 'cpu'
-    size = 8192 if cuda else 2048
-    types = dict.fromkeys(('float32', 'tf32') if cuda else ('float32',), torch.float32)
-    found = {}
-    for name, dtype in {**types, **(DTYPES if cuda else {})}.items():
-        torch.backends.cuda.matmul.allow_tf32 = name == 'tf32'
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        found[name] = 2 * size**3 / seconds_of(torch.mm, a, a)
-    a = torch.randn(2**28 if cuda else 2**25, device=device)
-    b = torch.empty_like(a)
-    return dict(found, copy=2 * a.nbytes / seconds_of(b.copy_, a))
-
-
-def seconds_of(function, *args) -> float:
-    """Return the median time of a call."""
-    names = dict(function=function, args=args)
-    threads = torch.get_num_threads()
-    timer = Timer('function(*args)', globals=names, num_threads=threads)
-    return timer.blocked_autorange(min_run_time=0.3).median
-
-
-def profile_step(step, rows: int = 15) -> dict[str, dict[str, float]]:
-    """Return the milliseconds of a step by operator and by kernel, longest first."""
-    steps = 3
+def profile_step(step) -> str:
+    """Return torch's table of the operators and kernels that take the longest."""
+    cuda = torch.cuda.is_available()
     with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            step()
-        if torch.cuda.is_available():
+        step()
+        if cuda:
             torch.cuda.synchronize()
-    found = dict(operators={}, kernels={})
-    spent = 'device' if torch.cuda.is_available() else 'cpu'
-    for event in profiler.key_averages():
-        kind = 'operators' if event.device_type == DeviceType.CPU else 'kernels'
-        time = getattr(event, f'self_{spent}_time_total') / steps / 1e3
-        found[kind][event.key] = time
-    for kind, times in found.items():
-        longest = sorted(times, key=times.get, reverse=True)[:rows]
-        found[kind] = {name: times[name] for name in longest if times[name] > 0}
-    return found
+    order = 'self_device_time_total' if cuda else 'self_cpu_time_total'
+    return profiler.key_averages().table(order, 20, max_name_column_width=100)
 
 
 def _inference(entry: Entry, model: nn.Module, batch: dict, layout):
@@ -387,27 +285,22 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
 
 def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     """Build and warm up; return what times a step, and what is known without time."""
-    cuda = args.device != 'cpu'
-    shape = args.shape or default_shape(entry.cfg)
-    shape = (shape[0], shape[-1])
-    if cuda:
-        torch.cuda.set_device(torch.device(args.device).index or 0)
-        before = torch.cuda.memory_allocated()
+    cuda = args.device == 'cuda'
+    shape = tuple(args.shape or default_shape(entry.cfg))
+    before = torch.cuda.memory_allocated() if cuda else 0
     print(f'preparing {entry.text}')
     with launch.one_line_errors():
-        step, work = build_step(entry, shape, args)
+        step = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.warmup):
         step()
     memory = torch.cuda.max_memory_allocated() - before if cuda else None
-    threads = torch.get_num_threads()
-    timer = Timer('step()', globals=dict(step=step), num_threads=threads)
-    row = dict(model=entry.text, precision=entry.precision, shape=shape, memory=memory)
-    row.update(work, seconds=[])
     if args.profile:
-        row['profile'] = profile_step(step)
-    return timer, row
+        print(profile_step(step))
+    names, threads = dict(step=step), torch.get_num_threads()
+    timer = Timer('step()', globals=names, num_threads=threads)
+    return timer, dict(model=entry.text, shape=shape, memory=memory, seconds=[])
 
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
@@ -417,7 +310,6 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     if args.malloc:
         keep_memory()
     timers, rows = zip(*(prepare(entry, args) for entry in entries))
-    ceilings = measure_ceilings(args.device)
     draw, order = random.Random(0), []
     for i in range(args.rounds):
         print(f'round {i + 1}/{args.rounds}')
@@ -425,32 +317,24 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
         for n in order[-1]:
             found = timers[n].blocked_autorange(min_run_time=0.05)
             rows[n]['seconds'].append(found.median)
-    for row in rows:
-        summarize(row, rows[0]['seconds'], args.batch_size, ceilings)
     cells = []
     for row in rows:
+        summarize(row, rows[0]['seconds'], args.batch_size)
         times = [f'{1e3 * row[key]:.2f}' for key in ('median', 'q1', 'q3')]
         rates = [f'{row["images_per_second"]:.1f}', f'{row["ratio"]:.3f}']
         memory = '-' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
-        shares = [f'{100 * row[key]:.0f}' for key in ('rate_share', 'copy_share')]
-        cells.append([row['model'], *times, *rates, memory, *shares])
+        cells.append([row['model'], *times, *rates, memory])
     threads = torch.get_num_threads()
-    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB', 'rate %', 'copy %']
-    limits = ', '.join(f'{k} {v / 1e12:.2f}' for k, v in ceilings.items())
+    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB']
     table = format_table(header, cells) + (
         f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
         f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
         f'{torch.__version__}, {args.device}, {threads} threads\n'
-        'rate, copy: operations and bytes of the operators a second, in percent of the '
-        f'measured (in 10^12: {limits})\n'
     )
-    found = dict(models=rows, order=order, threads=threads, ceilings=ceilings)
-    return found, table
+    return dict(models=rows, order=order, threads=threads), table
 
 
-def summarize(
-    row: dict, first: list[float], batch_size: int, ceilings: dict[str, float]
-) -> None:
+def summarize(row: dict, first: list[float], batch_size: int) -> None:
     """Add the figures that follow from the seconds of each round.
 
     The ratio to the first model is the median of those in each round, which slow
@@ -460,9 +344,6 @@ def summarize(
     ratio = float(np.median(np.divide(first, row['seconds'])))
     row.update(q1=low, median=median, q3=high, ratio=ratio)
     row['images_per_second'] = batch_size / median
-    rate = ceilings.get(row['precision'], ceilings['float32'])
-    row['rate_share'] = row['flops'] / median / rate
-    row['copy_share'] = row['bytes'] / median / ceilings['copy']
 
 
 def build_loader(cfg: Config, workers: int, batch_size: int | None):
@@ -502,8 +383,7 @@ def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
         batch, images = seconds / args.batches, sum(sizes) / seconds
         loading[workers] = dict(batch=batch, images_per_second=images)
         rows.append([str(workers), f'{1e3 * batch:.1f}', f'{images:.1f}'])
-    header = ['workers', 'batch (ms)', 'images/s']
-    return dict(loading=loading), format_table(header, rows)
+    return dict(loading=loading), format_table(['workers', 'ms', 'images/s'], rows)
 
 
 def number(text: str) -> int:
@@ -513,7 +393,7 @@ def number(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    gpu = torch.cuda.is_available()
+    devices = ('cuda', 'cpu') if torch.cuda.is_available() else ('cpu',)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -525,12 +405,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         add = mode.add_argument
         add('models', nargs='+', metavar='NAME[@OPTION,...]')
         add('--batch-size', type=number, default=1)
-        add('--shape', type=number, nargs='+', help='height [and width]')
-        add('--device', default='cuda' if gpu else 'cpu')
+        add('--shape', type=number, nargs=2, metavar=('H', 'W'), help='of the images')
+        add('--device', choices=devices, default=devices[0])
         add('--rounds', type=number, default=10)
         add('--warmup', type=number, default=3, help='steps of each')
         add('--malloc', action='store_true', help='let it keep memory')
-        add('--profile', action='store_true', help='also note the time by operator')
+        add('--profile', action='store_true', help='also print the time by operator')
     data.add_argument('config', help='configuration, named as the models are')
     launch.add_cfg_options(data)
     data.add_argument('--workers', type=int, nargs='+', default=[0, 1, 2])
@@ -539,12 +419,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for mode in (infer, train, data):
         mode.add_argument('--out', metavar='FILE.json', help='all that was measured')
         mode.add_argument('--overwrite', action='store_true')
-    args = parser.parse_args(argv)
-    if args.mode != 'data' and args.device != 'cpu' and not gpu:
-        parser.error(f'--device {args.device}: torch sees no GPU; there is cpu')
-    if args.mode != 'data' and len(args.shape or ()) > 2:
-        parser.error(f'--shape is height and width, but got {len(args.shape)} numbers')
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

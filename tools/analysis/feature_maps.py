@@ -6,7 +6,7 @@ docs/figures.md.
 """
 
 import argparse
-import math
+import re
 from functools import partial
 
 import common
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from convmlp_mm.launch import one_line_errors
 from convmlp_mm.predict import read_image
 
-NUM_DEPTHS = 4
+STAGE = re.compile(r'(stages|layers|blocks)\.\d+|layer\d+')
 RULE = (
     'Shown are the {} channels of each stage that vary most over the image (largest '
     'standard deviation first; numbers are channel indices),\neach scaled from its own '
@@ -30,20 +30,12 @@ RULE = (
 def find_stages(backbone: nn.Module) -> list[str]:
     """Name the modules whose outputs are shown; of a row of equal blocks, four."""
     if hasattr(backbone, 'feature_points'):
-        names = [point.name for point in backbone.feature_points]
-    elif hasattr(backbone, 'res_layers'):
-        names = backbone.res_layers
-    elif getattr(backbone, 'feature_info', None):
-        names = [info['module'] for info in backbone.feature_info]
-    else:
-        lists = [k for k in ('stages', 'layers', 'blocks') if hasattr(backbone, k)]
-        if not lists:
-            kind = type(backbone).__name__
-            raise ValueError(f'{kind} does not say what its stages are')
-        names = [f'{lists[0]}.{i}' for i in range(len(getattr(backbone, lists[0])))]
-    if len(names) > NUM_DEPTHS + 1:
-        steps = range(1, NUM_DEPTHS + 1)
-        names = [names[i * len(names) // NUM_DEPTHS - 1] for i in steps]
+        return [point.name for point in backbone.feature_points]
+    names = [name for name, _ in backbone.named_modules() if STAGE.fullmatch(name)]
+    if not names:
+        raise ValueError(f'{type(backbone).__name__} has no stages, layers or blocks')
+    if len(names) > 5:
+        names = [names[i * len(names) // 4 - 1] for i in (1, 2, 3, 4)]
     return names
 
 
@@ -60,12 +52,8 @@ def as_map(output: object, size: tuple[int, int]) -> Tensor:
 
 
 def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
-    """Compute what the stages of a backbone hand to each other.
-
-    ``inputs`` is one normalised image (1, 3, H, W). The maps of a stage are (C, h, w).
-    """
-    backbone = getattr(model, 'backbone', None) or model.model
-    stages = {}
+    """Compute the maps (C, h, w) of each stage for one normalised image."""
+    backbone, stages = common.backbone_of(model), {}
 
     def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
         # A later layer may work in place.
@@ -87,34 +75,33 @@ def choose_channels(maps: Tensor, number: int) -> list[int]:
 def draw(rows: list[tuple], number: int) -> Figure:
     """Draw rows of a StatedModel, its image and its stages, ``number`` maps of each."""
     columns = 2 + max(len(stages) for _, _, stages in rows)
-    side = math.ceil(number**0.5)
-    # Sizes in inches: two lines of title above maps of the image's proportions.
+    side = int(number**0.5)
+    # In inches: two lines of title above maps of the image's proportions.
     heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
-    figure = Figure(figsize=(2.1 * columns, sum(heights) + 0.4))
-    body, foot = figure.subfigures(2, 1, height_ratios=(sum(heights), 0.4))
-    foot.text(0.01, 0.3, RULE.format(number), fontsize=8)
-    grid = body.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
-    for row, height, (source, image, stages) in zip(grid, heights, rows):
-        space = dict(left=0.02, right=0.98, bottom=0.01, wspace=0.02, hspace=0.02)
-        space['top'] = 1 - 0.34 / height
-        common.state(row[0].subplots(gridspec_kw=space), source, image)
-        axes = row[1].subplots(gridspec_kw=space)
-        axes.imshow(image)
+    size = 2.1 * columns, sum(heights) + 0.4
+    figure = Figure(size, layout='constrained')
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
         axes.set_axis_off()
-        axes.set_title('input', fontsize=8)
-        for cell, (name, maps) in zip(row[2:], stages.items()):
+    for line, (source, image, stages) in zip(grid, rows):
+        common.state(line[0], source, image)
+        line[1].imshow(image)
+        line[1].set_title('input', fontsize=8)
+        for axes, (name, maps) in zip(line[2:], stages.items()):
             stride = round(image.shape[0] / maps.shape[1])
             text = '{} maps of {} x {}, stride {}'.format(*maps.shape, stride)
-            cell.suptitle(f'{name}\n{text}', fontsize=8, y=1 - 0.05 / height)
-            tiles = cell.subplots(side, side, squeeze=False, gridspec_kw=space)
-            for axes in tiles.flat:
-                axes.set_axis_off()
-            for axes, channel in zip(tiles.flat, choose_channels(maps, number)):
+            axes.set_title(f'{name}\n{text}', fontsize=8)
+            for place, channel in enumerate(choose_channels(maps, number)):
+                y, x = divmod(place, side)
                 low, high = np.percentile(maps[channel], (1, 99))
-                axes.imshow(maps[channel], vmin=low, vmax=high)
+                box = (x + 0.01, x + 0.99, y + 0.99, y + 0.01)
+                axes.imshow(maps[channel], vmin=low, vmax=high, extent=box)
                 box = dict(facecolor='black', alpha=0.55, lw=0, pad=1)
                 style = dict(fontsize=6, color='white', va='top', bbox=box)
-                axes.text(0.03, 0.97, channel, transform=axes.transAxes, **style)
+                axes.text(x + 0.04, y + 0.04, channel, **style)
+            aspect = maps.shape[1] / maps.shape[2]
+            axes.set(xlim=(0, side), ylim=(side, 0), aspect=aspect)
+    figure.supxlabel(RULE.format(number), x=0.01, ha='left', fontsize=8)
     return figure
 
 
@@ -122,18 +109,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image to look at')
     common.add_arguments(parser)
-    parser.add_argument('--channels', type=int, default=9, help='of each stage, 1-64')
+    squares = [n * n for n in range(1, 9)]
+    parser.add_argument('--channels', type=int, default=9, choices=squares)
     args = parser.parse_args()
     with one_line_errors():
-        if not 1 <= args.channels <= 64:
-            raise ValueError(f'--channels must be 1 to 64, but got {args.channels}')
         image = read_image(args.image)
         sources = common.load_models(args, need_head=False)
         rows = [
             (source, *common.run(source, image, args.size, extract_stages))
             for source in sources
         ]
-    common.save_figure(args, draw(rows, args.channels), sources)
+    common.save_figure(args.out, draw(rows, args.channels), args.overwrite, sources)
 
 
 if __name__ == '__main__':

@@ -43,21 +43,6 @@ def class_names(source: common.StatedModel) -> list[str]:
     return [str(name).partition(',')[0] for name in classes]
 
 
-def find_label(label: str, sources: list[common.StatedModel]) -> str:
-    """Turn a name or number into the name of a class, of all classifiers."""
-    found = label
-    for source in sources:
-        names = class_names(source)
-        if label.isdigit() and int(label) < len(names):
-            found = names[int(label)]
-        elif names and label.lower() not in map(str.lower, names):
-            raise ValueError(
-                f'--labels: {source.name} has no class {label!r}; its {len(names)} '
-                f'classes begin with {", ".join(names[:10])}'
-            )
-    return found
-
-
 def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
     """Draw the images in the first row, and a row of maps for each classifier."""
     shape = len(rows) + 1, len(truths) + 1
@@ -73,16 +58,15 @@ def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
         common.state(line[0], source, row[0][0])
         names = dict(enumerate(class_names(source)))
         for axes, (_, (values, scores)), truth in zip(line[1:], row, truths):
-            top = max(np.percentile(values, 99), np.finfo(np.float32).tiny)
-            axes.imshow(values, cmap='magma', vmin=0, vmax=top)
+            top = np.percentile(values, 99)
+            axes.imshow(values, cmap='magma', vmin=0, vmax=top or 1)
             if not values.any():
                 # A head that starts from zeros has no gradient.
                 style = dict(color='white', ha='center', transform=axes.transAxes)
                 axes.text(0.5, 0.5, 'zero everywhere', fontsize=8, **style)
             score, label = scores.softmax(0).max(0)
             name = names.get(int(label), f'class {int(label)}')
-            right = truth is not None and name.lower() == truth.lower()
-            colour = UNKNOWN if truth is None else RIGHT if right else WRONG
+            colour = RIGHT if name == truth else WRONG if truth else UNKNOWN
             axes.set_xlabel(f'{name} {score:.2f}', fontsize=9, color=colour)
     figure.supxlabel(RULE, fontsize=8)
     return figure
@@ -90,29 +74,27 @@ def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('images', nargs='+', help='images to look at')
+    text = 'images to look at, with the name of their class or without: IMAGE[=CLASS]'
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help=text)
     common.add_arguments(parser)
-    text = 'ground truth of each image: name of a class, or its number from 0'
-    parser.add_argument('--labels', nargs='+', metavar='LABEL', help=text)
     args = parser.parse_args()
     with one_line_errors():
-        truths = args.labels or [None] * len(args.images)
-        if len(truths) != len(args.images):
-            raise ValueError(
-                f'--labels must be one for each of the {len(args.images)} images, but '
-                f'there are {len(truths)}'
-            )
-        images = [read_image(path) for path in args.images]
+        # Without a class, all is before the mark.
+        paths, _, truths = zip(*(text.partition('=') for text in args.images))
+        images = [read_image(path) for path in paths]
         sources = common.load_models(args)
         for source in sources:
             if source.model.cfg.default_scope != 'mmpretrain':
                 raise ValueError(f'{source.name} is no classifier')
-        truths = [truth and find_label(truth, sources) for truth in truths]
+            names = class_names(source)
+            unknown = names and {*truths} - {'', *names}
+            if unknown:
+                raise ValueError(f'{source.name} has no class {unknown}')
         rows = [
             [common.run(source, image, args.size, compute_saliency) for image in images]
             for source in sources
         ]
-    common.save_figure(args, draw(sources, rows, truths), sources)
+    common.save_figure(args.out, draw(sources, rows, truths), args.overwrite, sources)
 
 
 if __name__ == '__main__':

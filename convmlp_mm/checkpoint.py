@@ -232,7 +232,12 @@ def _check_archive(file: BinaryIO) -> dict[str, int]:
     return sizes
 
 
-def _load_safely(file: BinaryIO, map_location: str | torch.device) -> object:
+def _load_safely(file: BinaryIO, name: str, map_location: str | torch.device) -> object:
+    if name.endswith('.safetensors'):
+        # timm and Hugging Face write such files; timm brings the reader.
+        from safetensors.torch import load
+
+        return {key: x.to(map_location) for key, x in load(file.read()).items()}
     sizes = _check_archive(file)
     if not sizes:
         # A file of the disk would also be tried as a tar archive, and unpacked.
@@ -251,7 +256,7 @@ def _load_safely(file: BinaryIO, map_location: str | torch.device) -> object:
 def _open(file: BinaryIO, name: str, map_location: str | torch.device = 'cpu') -> dict:
     """Read a file, and say of what is wrong with it what a user can use."""
     try:
-        checkpoint = _load_safely(file, map_location)
+        checkpoint = _load_safely(file, name, map_location)
     # Unpickling damaged bytes can raise any exception.
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
@@ -291,16 +296,20 @@ def _fetch(url: str, path: str) -> None:
     except (OSError, HTTPException) as error:
         way = f'; {MIRROR} can name a folder that has it' * url.startswith(ROOT)
         raise OSError(f'cannot fetch {url}: {error}{way}') from error
+    _check_hash(url, hashlib.sha256(content).hexdigest())
+    # A connection that breaks off early need not be an error for urllib.
+    _open(io.BytesIO(content), url)
+    write_file(path, content, overwrite=True)
+
+
+def _check_hash(url: str, digest: str) -> None:
+    """Compare a SHA-256 with the one in the name of a file, if it has one."""
     expected = HASH_IN_NAME.search(urlparse(url).path)
-    digest = hashlib.sha256(content).hexdigest()
     if expected and not digest.startswith(expected[1]):
         raise ValueError(
             f'{url} has the SHA-256 {digest}, but {expected[1]} is expected: it is '
             'damaged or another file'
         )
-    # A connection that breaks off early need not be an error for urllib.
-    _open(io.BytesIO(content), url)
-    write_file(path, content, overwrite=True)
 
 
 def locate_checkpoint(filename: str | os.PathLike) -> str:
@@ -334,6 +343,8 @@ def _download(url: str) -> str:
         barrier()
     if not osp.exists(path):
         _fetch(url, path)
+    # Somebody else may have written to the cache.
+    _check_hash(url, hash_file(path))
     return path
 
 

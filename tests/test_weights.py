@@ -21,6 +21,7 @@ from reference import (
     draw_image,
     published_outputs,
 )
+from safetensors.torch import save_file
 from torch import nn
 
 from convmlp_mm import ConvMLP, get_model
@@ -207,6 +208,17 @@ def test_truncated_file_is_refused(published, save):
         read_checkpoint(path)
 
 
+def test_safetensors_are_read(published, tmp_path):
+    path = tmp_path / 'weights.safetensors'
+    save_file({k: v.contiguous() for k, v in published.items()}, path)
+    model = build(path)
+    model.init_weights()
+    assert_loaded(model, published)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='is not a file of plain weights'):
+        read_checkpoint(path)
+
+
 def test_file_that_holds_no_dict_is_refused(save):
     with pytest.raises(ValueError, match='must hold a dict, but holds a Tensor'):
         read_checkpoint(save(torch.rand(2)))
@@ -278,7 +290,11 @@ def test_download_is_checked_against_the_hash_in_its_name(published, save, serve
     with pytest.raises(ValueError, match=f'SHA-256 {digest}, but 0badc0de is expected'):
         read_checkpoint(f'{url}/{names[False]}')
     assert read_checkpoint(f'{url}/{names[True]}').keys() == published.keys()
-    assert len(list(cache.iterdir())) == 1
+    (cached,) = cache.iterdir()
+    # Somebody else may have written to the cache.
+    cached.write_bytes(b'else')
+    with pytest.raises(ValueError, match='damaged or another file'):
+        read_checkpoint(f'{url}/{names[True]}')
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 import os.path as osp
 import sys
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from math import isfinite
@@ -205,7 +205,7 @@ def _read_coco(path: str) -> tuple[dict, list[str]]:
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
-        dropped = check_annotations(content)
+        changed = check_annotations(content)
         images = {
             row['id']: osp.basename(row['file_name']) for row in content['images']
         }
@@ -213,22 +213,23 @@ def _read_coco(path: str) -> tuple[dict, list[str]]:
     except (ValueError, KeyError, TypeError) as error:
         reason = error if type(error) is ValueError else repr(error)
         raise ValueError(f'annotation file {path!r} is wrong: {reason}') from error
-    if dropped:
+    for what, numbers in changed.items():
+        count = f'{len(numbers)} of {len(content["annotations"])} annotations'
         # No log of a run is there yet.
         print(
-            f'warning: annotation file {path!r}: {dropped} annotations are dropped, '
-            'which are of images or categories that it does not have',
+            f'warning: annotation file {path!r}: {count} {what}: '
+            f'{some_of(map(str, numbers))}',
             file=sys.stderr,
         )
     return images, names
 
 
-def check_annotations(content: dict) -> int:
+def check_annotations(content: dict) -> dict[str, list]:
     """Check what an annotation file in COCO's format holds.
 
     Returns:
-        int: The number of annotations of images or categories that are not there.
-        Somebody may have taken them out; mmdet drops such annotations.
+        dict: By what mmdet does without a word to annotations that are common in real
+        data, such as boxes that it clips, their ids.
 
     Raises:
         ValueError: If an id stands twice, an annotation is wrong, or none is of an
@@ -244,19 +245,23 @@ def check_annotations(content: dict) -> int:
             raise ValueError(f'ids stand twice in {table}: {some_of(twice)}')
     sizes = {row['id']: [row['height'], row['width']] for row in content['images']}
     categories = {row['id'] for row in content['categories']}
-    dropped = 0
+    found, lost = (
+        defaultdict(list),
+        'are of images or categories it has not and dropped',
+    )
     for row in content['annotations']:
+        what = lost
         if row['image_id'] in sizes and row['category_id'] in categories:
-            _check_annotation(row, sizes[row['image_id']])
-        else:
-            dropped += 1
-    if dropped and dropped == len(content['annotations']):
+            what = _check_annotation(row, *sizes[row['image_id']])
+        if what:
+            found[what].append(row['id'])
+    if found and len(found[lost]) == len(content['annotations']):
         raise ValueError('all annotations are of images or categories that it has not')
-    return dropped
+    return {what: numbers for what, numbers in found.items() if numbers}
 
 
-def _check_annotation(row: dict, size: list) -> None:
-    """Check an annotation of an image of [height, width]."""
+def _check_annotation(row: dict, rows: int, columns: int) -> str | None:
+    """Check an annotation; say what mmdet does to one that does not fit its image."""
     box, mask = row['bbox'], row.get('segmentation')
     if len(box) != 4 or not all(isinstance(x, Real) and isfinite(x) for x in box):
         raise ValueError(
@@ -264,11 +269,21 @@ def _check_annotation(row: dict, size: list) -> None:
             f'and height, but is {box}'
         )
     # Run-length codes know the size of the image.
-    if isinstance(mask, dict) and mask.get('size') != size:
+    if isinstance(mask, dict) and mask.get('size') != [rows, columns]:
         raise ValueError(
             f'segmentation of annotation {row["id"]} has the size {mask.get("size")}, '
-            f'but its image {size}'
+            f'but its image {[rows, columns]}'
         )
+    x, y, width, height = box
+    right, below = x + width - columns, y + height - rows
+    if min(width, height) < 1:
+        return 'have boxes smaller than a pixel and are dropped'
+    if min(x + width, y + height) <= 0 or right >= width or below >= height:
+        return 'have boxes outside of their image and are dropped'
+    # Rounding makes a pixel.
+    if min(x, y) < -1 or max(right, below) > 1:
+        return 'have boxes that reach out of their image and are clipped'
+    return None
 
 
 def _check_classes(classes: object, names: list[str], path: str) -> None:

@@ -492,12 +492,7 @@ def _list_problems(
 
 
 def check_tensors(found: Mapping[str, Tensor], name: str | os.PathLike) -> None:
-    """Check the tensors of a file without a model.
-
-    Raises:
-        CheckpointError: If one of them is sparse, quantised or without data, or has NaN
-            or Inf in it.
-    """
+    """Raise a CheckpointError if a tensor is sparse, without data or not finite."""
     if problems := _list_problems(found, {}, {}):
         raise CheckpointError(f'checkpoint {str(name)!r} cannot be used: {problems}')
 
@@ -623,8 +618,7 @@ def _is_expected_extra(key: str, built: Iterable[str], prefix: str) -> bool:
     name = key.removeprefix(prefix)
     if not key.startswith(prefix) or name.startswith(HEAD_PREFIXES):
         return True
-    parts = name.split('.')
-    stage = '.'.join([*parts[: 2 if parts[0] == 'stages' else 1], ''])
+    stage = re.match(r'(stages\.\d+|[^.]*)\.?', name)[0]
     is_built = any(other.startswith(prefix + stage) for other in built)
     return name.startswith(BACKBONE_PREFIXES) and not is_built
 

@@ -57,12 +57,9 @@ class CheckDataHook(Hook):
 
     Before the first step, the heads must have as many classes as the data sets, which
     must not be empty. During the run an image, label map or label that cannot be used
-    stops it with the name of the file: OpenCV pads what a cut JPEG lacks in grey, and
-    a label beyond the classes ends in an assertion of the GPU, long afterwards.
-
-    All of it raises a ValueError. mmdet's ``NumClassCheckHook`` and mmpretrain's
-    ``ClassNumCheckHook`` refuse heads that count other classes for a reason, and mmseg
-    has none.
+    stops it, by a ValueError with the name of the file: OpenCV pads what a cut JPEG
+    lacks in grey, and a label beyond the classes ends in an assertion of the GPU, long
+    afterwards.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -174,13 +171,11 @@ class WatchedPipeline(Compose):
             reason = _explain(error, path if loads else None)
             what, name = 'loaded' if loads else 'used', type(transform).__name__
             raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
-        if results is not None and loads_image:
+        if results is None:
+            return None
+        if loads_image:
             _check_image(results, self.num_classes)
-        if (
-            results is not None
-            and results.get('gt_seg_map') is not None
-            and loads_labels
-        ):
+        if loads_labels and 'gt_seg_map' in results:
             _check_label_map(results, self.num_classes, self.ignored)
         return results
 

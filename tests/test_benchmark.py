@@ -16,7 +16,7 @@ PUBLISHED = 'published::convmlp_s_imagenet'
 RESNET = 'mmpretrain::resnet/resnet50_8xb32_in1k'
 MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco'
 KEYS = {'model', 'shape', 'seconds', 'q1', 'median', 'q3', 'images_per_second'}
-KEYS |= {'ratio', 'memory'}
+KEYS |= {'ratio', 'memory', 'precision', 'flops', 'bytes', 'rate_share', 'copy_share'}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def pair(**kwargs):
 def step_of(text, mode='infer'):
     args = SimpleNamespace(mode=mode, batch_size=2, device='cpu')
     entry = benchmark.parse_entry(str(text), mode)
-    return benchmark.build_step(entry, (64, 64), args)
+    return benchmark.build_step(entry, (64, 64), args)[0]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_each_toolkit_is_inferred_and_trained(recipe, kind):
     finally:
         hook.remove()
     # The optimizer of the recipe, at a learning rate that leaves the weights.
-    assert seen == [('SGD', {0.0})] * 2
+    assert seen == [('SGD', {0.0})] * 3
 
 
 def test_models_that_ask_the_runner_are_trained():
@@ -166,34 +166,37 @@ def test_models_that_ask_the_runner_are_trained():
 def test_ratio_is_the_median_over_the_rounds():
     # Twice as fast in each round, whatever else was going on.
     seconds = [[0.2, 0.1, 0.4, 0.3, 0.2], [0.1, 0.05, 0.2, 0.15, 0.1]]
-    rows = [dict(seconds=s) for s in seconds]
+    work = dict(precision='bf16', flops=300, bytes=40)
+    rows = [dict(work, seconds=s) for s in seconds]
+    ceilings = dict(float32=1500, copy=1000)
     for row in rows:
-        benchmark.summarize(row, seconds[0], 2)
+        benchmark.summarize(row, seconds[0], 2, ceilings)
     first, second = rows
     assert [first[key] for key in ('q1', 'median', 'q3')] == [0.2, 0.2, 0.3]
     assert (first['ratio'], second['ratio']) == (1, 2)
     assert second['images_per_second'] == 20
-    unsteady = dict(seconds=[0.1, 0.1, 0.8, 0.1, 0.4])
-    benchmark.summarize(unsteady, seconds[0], 2)
+    # Without a rate of its own, bf16 is compared with float32.
+    assert (second['rate_share'], second['copy_share']) == pytest.approx((2, 0.4))
+    unsteady = dict(work, seconds=[0.1, 0.1, 0.8, 0.1, 0.4])
+    benchmark.summarize(unsteady, seconds[0], 2, ceilings)
     # The rounds have 2, 1, 0.5, 3 and 0.5; the medians alone would have 2.
     assert unsteady['ratio'] == 1
+
+
+def test_work_is_that_of_the_operators_without_views():
+    a, b = torch.rand(8, 4), torch.rand(4, 16)
+    work = benchmark.count_work(lambda: (a.t().t() @ b).add_(1).view(-1))
+    # The product, and the sum: its input, and its output in the same memory.
+    moved = 8 * 4 + 4 * 16 + 8 * 16 + 2 * 8 * 16
+    assert work == dict(flops=2 * 8 * 4 * 16, bytes=4 * moved)
 
 
 @pytest.mark.parametrize('mode', ['infer', 'train'])
 def test_models_are_timed_in_turn_and_all_is_written(recipe, tmp_path, capsys, mode):
     path, out = recipe('classifier'), tmp_path / 'all.json'
     models = [str(path), f'published::{path}', f'{path}@channels-last', f'{path}@bf16']
-    options = [
-        '--batch-size',
-        '2',
-        '--shape',
-        '64',
-        '64',
-        '--rounds',
-        '3',
-        '--warmup',
-        '1',
-    ]
+    options = ['--batch-size', '2', '--shape', '64', '64']
+    options += ['--rounds', '3', '--warmup', '1']
     benchmark.main([mode, *models, *options, '--out', str(out)])
     text = capsys.readouterr().out
     found = json.loads(out.read_text())

@@ -206,6 +206,10 @@ def test_signal_between_two_attempts_ends_the_launcher():
     assert stop.value.code == PREEMPTED
 
 
+def test_launcher_knows_the_exit_codes_of_the_processes():
+    assert elastic.FINAL == (PREEMPTED, MISTAKE)
+
+
 def test_address_of_this_machine_is_the_one_that_reaches_the_other():
     assert elastic.own_address('127.0.0.1', 1) == '127.0.0.1'
     with pytest.raises(OSError, match="MASTER_ADDR 'no.such.host.invalid' cannot"):

@@ -70,7 +70,10 @@ fi
 # are gone: the static rendezvous has one store for all attempts, and so has the dynamic
 # one from torch 2.4 on without this variable.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec python -m convmlp_mm.launch.elastic \
+# Of a checkout, or of an installed package, which has its tools in .mim.
+elastic=$tools/../convmlp_mm/launch/elastic.py
+[ -f "$elastic" ] || elastic=$tools/../../launch/elastic.py
+exec python "$elastic" \
     --nnodes "$NNODES" \
     --node_rank "$NODE_RANK" \
     "${rendezvous[@]}" \

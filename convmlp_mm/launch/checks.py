@@ -244,6 +244,10 @@ def check_annotations(content: dict) -> dict[str, list]:
         if twice:
             raise ValueError(f'ids stand twice in {table}: {some_of(twice)}')
     sizes = {row['id']: [row['height'], row['width']] for row in content['images']}
+    empty = [str(number) for number, size in sizes.items() if not min(size) > 0]
+    if empty or not sizes:
+        what = f'height or width of {some_of(empty)} is not above 0'
+        raise ValueError(what if empty else 'images is empty')
     categories = {row['id'] for row in content['categories']}
     found, lost = (
         defaultdict(list),
@@ -274,6 +278,8 @@ def _check_annotation(row: dict, rows: int, columns: int) -> str | None:
             f'segmentation of annotation {row["id"]} has the size {mask.get("size")}, '
             f'but its image {[rows, columns]}'
         )
+    if 'area' not in row:
+        raise KeyError('area')
     x, y, width, height = box
     right, below = x + width - columns, y + height - rows
     if min(width, height) < 1:

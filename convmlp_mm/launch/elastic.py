@@ -1,7 +1,7 @@
 """torchrun, for runs that are stopped, fail for good, or lose a process.
 
-``tools/dist_run.sh`` runs it as ``python -m convmlp_mm.launch.elastic`` with torchrun's
-options. It is torchrun but for four things:
+``tools/dist_run.sh`` runs this file with torchrun's options, and not as a module: the
+imports of the package would take seconds. It is torchrun but for four things:
 
 - When a process ends with an exit code of :data:`FINAL`, none is started again, and
   the launcher ends with that code.
@@ -40,11 +40,10 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
 from torch.distributed.launcher.api import LocalElasticAgent
 
-from .process import MISTAKE, PREEMPTED
-
 __all__ = ['FINAL', 'Agent', 'check_port', 'main', 'own_address']
 
-FINAL = (PREEMPTED, MISTAKE)
+# Those of convmlp_mm.hooks.stop and convmlp_mm.launch.process.
+FINAL = PREEMPTED, MISTAKE = 85, 2
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 # How much longer the processes of another machine may take to end, in seconds.
 PATIENCE = 60

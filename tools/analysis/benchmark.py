@@ -24,6 +24,7 @@ import random
 import runpy
 import sys
 import time
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -37,9 +38,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
+from mmengine.utils import get_object_from_string
 from mmengine.utils.dl_utils import set_multi_processing
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from convmlp_mm import ConvMLP, launch
 from convmlp_mm.apis import build_model, switch_to_deploy
@@ -58,6 +63,8 @@ PUBLISHED = 'published::'
 REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
 # Largest difference over the largest value, in float64.
 TOLERANCE = 1e-6
+# Settings of the twins that this process has checked, which takes seconds.
+CHECKED: list[dict] = []
 
 
 class Entry(NamedTuple):
@@ -71,7 +78,12 @@ class Entry(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The type that products are computed in."""
-        return next((DTYPES[o] for o in self.options if o in DTYPES), torch.float32)
+        return DTYPES.get(self.precision, torch.float32)
+
+    @property
+    def precision(self) -> str:
+        """What :func:`measure_ceilings` calls it."""
+        return next((o for o in self.options if o in ('tf32', *DTYPES)), 'float32')
 
 
 def parse_entry(text: str, mode: str) -> Entry:
@@ -103,7 +115,9 @@ def published_backbone(ours: ConvMLP, settings: dict) -> nn.Module:
     twin = reference['PublishedConvMLP'](**settings)
     twin.load_state_dict(ours.state_dict())
     twin.train(ours.training)
-    check_equal(ours, twin)
+    if settings not in CHECKED:
+        check_equal(ours, twin)
+        CHECKED.append(settings)
     return twin
 
 
@@ -161,7 +175,8 @@ def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dic
         # As the loaders of the recipes do, so that copies to the GPU are fast.
         images = images.pin_memory()
     meta = dict(ori_shape=shape, img_shape=shape, scale_factor=(1.0, 1.0), flip=False)
-    samples = [toolkit_of(scope).sample_class()(metainfo=meta) for _ in images]
+    sample_class = get_object_from_string(toolkit_of(scope).sample)
+    samples = [sample_class(metainfo=meta) for _ in images]
     for sample in samples:
         if scope == 'mmpretrain':
             sample.set_gt_label(torch.randint(classes, (1,)))
@@ -204,15 +219,69 @@ def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
     batch = draw_batch(model, args.batch_size, shape)
     build = _inference if args.mode == 'infer' else _training
     step = build(entry, model, batch, layout)
-    if 'compile' in options:
-        compile_backbone(model.backbone, {})
 
     def precise_step():
         torch.backends.cuda.matmul.allow_tf32 = 'tf32' in options
         torch.backends.cudnn.allow_tf32 = 'tf32' in options
         return step()
 
-    return as_graph(precise_step) if 'graph' in options else precise_step
+    # Fused operators could not be counted one by one.
+    work = count_work(precise_step)
+    if 'compile' in options:
+        compile_backbone(model.backbone, {})
+    return as_graph(precise_step) if 'graph' in options else precise_step, work
+
+
+class Traffic(TorchDispatchMode):
+    """Count the bytes of the inputs and outputs of all operators that make no view."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs, out))
+            self.bytes += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
+        return out
+
+
+def count_work(step) -> dict[str, int]:
+    """Run a step; return its operations, an addition counting as one, and bytes."""
+    with FlopCounterMode(display=False) as counter, Traffic() as traffic:
+        step()
+    return dict(flops=counter.get_total_flops(), bytes=traffic.bytes)
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """Measure what a device can do in a second.
+
+    Returns:
+        dict: The operations of a product of two large matrices by precision, and
+        ``copy``, the bytes read and written while a large tensor is copied.
+    """
+    cuda = device == 'cuda'
+    types = dict(float32=torch.float32)
+    if cuda:
+        types.update(tf32=torch.float32, **DTYPES)
+    size, found = 8192 if cuda else 2048, {}
+    for name, dtype in types.items():
+        torch.backends.cuda.matmul.allow_tf32 = name == 'tf32'
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        found[name] = 2 * size**3 / seconds_of(partial(torch.mm, a, a))
+    a = torch.randn(2**28 if cuda else 2**25, device=device)
+    seconds = seconds_of(partial(torch.empty_like(a).copy_, a))
+    return dict(found, copy=2 * a.nbytes / seconds)
+
+
+def timer_of(step) -> Timer:
+    """Return what times a call with the threads of this process."""
+    threads = torch.get_num_threads()
+    return Timer('step()', globals=dict(step=step), num_threads=threads)
+
+
+def seconds_of(step) -> float:
+    """Return the median time of a call."""
+    return timer_of(step).blocked_autorange(min_run_time=0.3).median
 
 
 def as_graph(step):
@@ -290,7 +359,7 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     before = torch.cuda.memory_allocated() if cuda else 0
     print(f'preparing {entry.text}')
     with launch.one_line_errors():
-        step = build_step(entry, shape, args)
+        step, work = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.warmup):
@@ -298,9 +367,8 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
     memory = torch.cuda.max_memory_allocated() - before if cuda else None
     if args.profile:
         print(profile_step(step))
-    names, threads = dict(step=step), torch.get_num_threads()
-    timer = Timer('step()', globals=names, num_threads=threads)
-    return timer, dict(model=entry.text, shape=shape, memory=memory, seconds=[])
+    row = dict(model=entry.text, precision=entry.precision, shape=shape, **work)
+    return timer_of(step), dict(row, memory=memory, seconds=[])
 
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
@@ -317,24 +385,31 @@ def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
         for n in order[-1]:
             found = timers[n].blocked_autorange(min_run_time=0.05)
             rows[n]['seconds'].append(found.median)
-    cells = []
+    ceilings, cells = measure_ceilings(args.device), []
     for row in rows:
-        summarize(row, rows[0]['seconds'], args.batch_size)
+        summarize(row, rows[0]['seconds'], args.batch_size, ceilings)
         times = [f'{1e3 * row[key]:.2f}' for key in ('median', 'q1', 'q3')]
         rates = [f'{row["images_per_second"]:.1f}', f'{row["ratio"]:.3f}']
         memory = '-' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
-        cells.append([row['model'], *times, *rates, memory])
+        shares = [f'{100 * row[key]:.0f}' for key in ('rate_share', 'copy_share')]
+        cells.append([row['model'], *times, *rates, memory, *shares])
     threads = torch.get_num_threads()
-    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB']
+    header = ['model', 'ms', 'q1', 'q3', 'images/s', 'ratio', 'MiB', 'rate %', 'copy %']
+    limits = ', '.join(f'{name} {x / 1e12:.2f}' for name, x in ceilings.items())
     table = format_table(header, cells) + (
         f'{args.mode}, batch of {args.batch_size}: median and quartiles of a step in '
         f'{args.rounds} rounds; ratio: times as fast as the first row; torch '
         f'{torch.__version__}, {args.device}, {threads} threads\n'
+        'rate, copy: operations and bytes of the operators in a second, of those that '
+        f'a large product and a large copy reach (10^12: {limits})\n'
     )
-    return dict(models=rows, order=order, threads=threads), table
+    found = dict(models=rows, order=order, threads=threads, ceilings=ceilings)
+    return found, table
 
 
-def summarize(row: dict, first: list[float], batch_size: int) -> None:
+def summarize(
+    row: dict, first: list[float], batch_size: int, ceilings: dict[str, float]
+) -> None:
     """Add the figures that follow from the seconds of each round.
 
     The ratio to the first model is the median of those in each round, which slow
@@ -343,6 +418,9 @@ def summarize(row: dict, first: list[float], batch_size: int) -> None:
     low, median, high = np.percentile(row['seconds'], (25, 50, 75)).tolist()
     ratio = float(np.median(np.divide(first, row['seconds'])))
     row.update(q1=low, median=median, q3=high, ratio=ratio)
+    rate = ceilings.get(row['precision'], ceilings['float32'])
+    row['rate_share'] = row['flops'] / median / rate
+    row['copy_share'] = row['bytes'] / median / ceilings['copy']
     row['images_per_second'] = batch_size / median
 
 

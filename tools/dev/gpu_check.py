@@ -15,19 +15,23 @@ found to OUT/STAGE.json check by check, so that what was seen before a failure s
   hooks    what the hooks of this package add to a step
   feed     images a second of the loaders, by the number of workers
 
-`report` prints the tables of all stages in OUT.
+`report` prints the tables of all stages in OUT. On a machine without a network,
+--wheels is a folder with what is not installed, and --mmcv the source of mmcv.
 """
 
 import argparse
-import importlib
+import glob
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# The checks of the first four stages and of the hooks are tests.
+CHECKS = ROOT / 'tests' / 'gpu'
 # Backbones of about the size of ConvMLP-M, as mmpretrain builds them.
 OTHERS = (
     'mmpretrain::resnet/resnet50_8xb32_in1k.py@channels-last,',
@@ -46,16 +50,40 @@ train_dataloader = dict(
     )
 )
 """
-# Images of each GPU, their size, and where their data is in DATA.
 SYSTEMS = {
-    'retinanet_convmlp_s': (2, (800, 1333), 'coco'),
-    'mask_rcnn_convmlp_s': (2, (800, 1333), 'coco'),
-    'semantic_fpn_convmlp_s': (4, (512, 512), 'ade/ADEChallengeData2016'),
+    'retinanet_convmlp_s': (2, (800, 1333)),
+    'mask_rcnn_convmlp_s': (2, (800, 1333)),
+    'semantic_fpn_convmlp_s': (4, (512, 512)),
 }
-# The modules in tests/gpu with their functions; the others are benchmarks.
-STAGES = dict(build='equality', right='equality', train='runs', survive='runs')
-STAGES |= dict.fromkeys(('infer', 'steps', 'systems', 'compiled'))
-STAGES |= dict(hooks='runs', feed=None)
+
+
+def install(args: argparse.Namespace) -> None:
+    """Install the wheels into OUT/site, and compile mmcv if none of them is mmcv."""
+    site = args.out / 'site'
+    if args.wheels is None or site.is_dir():
+        return
+    pip = [sys.executable, '-m', 'pip']
+    offline = ['--no-index', '--no-deps', '--no-build-isolation']
+    # A folder that is there only when it is whole.
+    partial = site.with_suffix('.partial')
+    target = [*pip, 'install', '-q', *offline, '--no-compile', '--target', str(partial)]
+    files = [str(path) for path in sorted(args.wheels.absolute().glob('*.whl'))]
+    subprocess.run([*target, *files, str(ROOT)], check=True)
+    if not any('mmcv' in Path(name).name for name in files):
+        started = time.perf_counter()
+        env = dict(os.environ, MMCV_WITH_OPS='1', PYTHONPATH=str(partial))
+        # The toolkit of a machine may lack headers that torch brings.
+        brought = glob.glob(f'{sys.prefix}/lib/python*/site-packages/nvidia/*/include')
+        env['CPATH'] = os.pathsep.join([*brought, os.environ.get('CPATH', '')])
+        env.setdefault('MAX_JOBS', str(os.cpu_count()))
+        command = [*pip, 'wheel', '-v', *offline, '-w', str(args.out / 'built')]
+        with open(args.out / 'mmcv.log', 'w') as log:
+            output = dict(stdout=log, stderr=subprocess.STDOUT)
+            subprocess.run([*command, args.mmcv], env=env, check=True, **output)
+        (built,) = (args.out / 'built').glob('*mmcv*.whl')
+        subprocess.run([*target, str(built)], check=True)
+        print(f'mmcv was compiled in {time.perf_counter() - started:.0f} s', flush=True)
+    partial.rename(site)
 
 
 def pair(name: str, mode: str, *options: str) -> list[str]:
@@ -77,7 +105,7 @@ def benchmarks(args: argparse.Namespace) -> dict[str, dict[str, list]]:
     """Return, by stage and name, the command lines of tools/analysis/benchmark.py."""
     gpu = args.device == 'cuda'
     lower = ['tf32', 'bf16', 'fp16'] * gpu
-    every, two = ['float32', *lower], lower[:2] or ['float32']
+    two = lower[:2] or ['float32']
     others = [f'{name}{p}' for p in lower[:2] for name in OTHERS]
     graphs = [f'convmlp_{a}_imagenet@{p},deploy,graph' for p in lower for a in 'sml']
     saving = [f'convmlp_{arch}_imagenet@bf16,cp' for arch in 'sml' * gpu]
@@ -86,44 +114,57 @@ def benchmarks(args: argparse.Namespace) -> dict[str, dict[str, list]]:
         size = ['--batch-size', batch, '--rounds', args.rounds, '--device', args.device]
         return [mode, *names, *size, *more]
 
-    profile, batch = '--profile', args.batch
+    profile, every, batch = '--profile', ['float32', *lower], args.batch
     names = [*classifiers('infer', 'sml', every), *others]
-    infer = dict(infer_64=models('infer', names, batch, profile))
+    found = dict(infer=dict(infer_64=models('infer', names, batch, profile)))
     names = [*classifiers('infer', 'sml', two), *graphs, *others]
-    infer['infer_1'] = models('infer', names, 1)
+    found['infer']['infer_1'] = models('infer', names, 1)
     names = [*classifiers('train', 'sml', every), *others, *saving]
-    steps = dict(steps_64=models('train', names, batch, profile))
+    found['steps'] = dict(steps_64=models('train', names, batch, profile))
     if gpu:
         names = classifiers('infer', 'sml', lower)
-        infer['infer_256'] = models('infer', names, 256, profile)
+        found['infer']['infer_256'] = models('infer', names, 256, profile)
         names = classifiers('train', 'sml', lower[1:])
-        steps['steps_256'] = models('train', names, 256)
-    compiled, systems = {}, {}
-    for mode in ('infer', 'train'):
-        for precision in two:
-            names = classifiers(mode, args.archs, [precision], 'compile')
-            names += classifiers(mode, args.archs, [precision])
-            compiled[f'{mode}_{precision}'] = models(mode, names, batch, profile)
-    for name, (images, size, _) in SYSTEMS.items():
+        found['steps']['steps_256'] = models('train', names, 256)
+    found['compiled'] = {
+        f'{mode}_{precision}': models(
+            mode,
+            classifiers(mode, args.archs, [precision], 'compile')
+            + classifiers(mode, args.archs, [precision]),
+            batch,
+            profile,
+        )
+        for mode in ('infer', 'train')
+        for precision in two
+    }
+    found['systems'] = {}
+    for name, (images, size) in SYSTEMS.items():
         names = []
         for precision in ['tf32', 'fp16'] if gpu else ['float32']:
             baseline = f'baselines/{name.replace("convmlp_s", "resnet50")}@{precision}'
-            names += pair(name, 'train', precision)
-            names.append(baseline.removesuffix('@float32'))
+            names += [*pair(name, 'train', precision)]
+            names += [baseline.removesuffix('@float32')]
         shape = ['--shape', *(args.size or size)]
-        systems[name] = models('train', names, images, profile, *shape)
-    found = dict(infer=infer, steps=steps, compiled=compiled, systems=systems)
+        found['systems'][name] = models('train', names, images, profile, *shape)
     if args.data is not None:
         # ImageNet's loader, of a folder of photographs.
         photos = args.out / 'photos.py'
         photos.write_text(ON_PHOTOS.format(root=str(ROOT), data=str(args.data)))
         workers = [n for n in (1, 2, 4, 8, 16) if n <= os.cpu_count()]
-        folders = {name: folder for name, (_, _, folder) in SYSTEMS.items()}
-        found['feed'] = {}
-        for name, folder in {**folders, str(photos): ''}.items():
-            command = ['data', name, '--workers', *workers, '--batches', 40]
-            command += ['--cfg-options', f'data_root={args.data / folder}/']
-            found['feed'][Path(name).stem] = command
+        roots = {
+            'retinanet_convmlp_s': 'coco/',
+            'mask_rcnn_convmlp_s': 'coco/',
+            'semantic_fpn_convmlp_s': 'ade/ADEChallengeData2016/',
+            str(photos): '',
+        }
+        common = ['--workers', *workers, '--batches', 40]
+        found['feed'] = {
+            Path(name).stem: [
+                *('data', name, *common),
+                *('--cfg-options', f'data_root={args.data / root}/'),
+            ]
+            for name, root in roots.items()
+        }
     return found
 
 
@@ -139,8 +180,8 @@ def run_benchmarks(args: argparse.Namespace, results, stage: str) -> None:
             code, text, seconds = launch.wait()
             if code:
                 raise RuntimeError(text.strip().rpartition('\n')[2])
-            found = json.loads(file.read_text())
-            found = {k: found[k] for k in ('models', 'loading') if k in found}
+            keys = ('models', 'loading', 'ceilings')
+            found = {k: v for k, v in json.loads(file.read_text()).items() if k in keys}
             results.add(name, None, took=seconds, **found)
 
 
@@ -157,35 +198,50 @@ def report(args: argparse.Namespace) -> None:
         found = json.loads(path.read_text())
         print(f'\n## {stage}\n\n{state(found["machine"])}, {found["seconds"]:.0f} s\n')
         words = {True: 'passed', False: 'failed', None: ''}
-        checks = found['checks']
-        rows = [[x['name'], words[x['passed']], state(x)] for x in checks]
+        checks = [
+            [check.pop('name'), words[check.pop('passed')], check]
+            for check in found['checks']
+        ]
+        rows = [[name, word, state(values)] for name, word, values in checks]
         print(format_table(['check', '', 'found'], rows, 'markdown', (0, 1, 2)))
-        for check in checks:
-            if 'models' in check:
-                header = ['model', 'ms', 'images/s', 'ratio', 'MiB']
-                rows = compare(check['models'])
-            elif 'loading' in check:
+        for name, _, values in checks:
+            rows = [row_of(row, values['models']) for row in values.get('models', ())]
+            header = ['model', 'ms', 'images/s', 'ratio', 'MiB', 'rate %', 'copy %']
+            if 'loading' in values:
                 header = ['workers', 'images/s']
-                speeds = check['loading'].items()
+                speeds = values['loading'].items()
                 rows = [[n, f'{x["images_per_second"]:.0f}'] for n, x in speeds]
-            else:
-                continue
-            print(f'### {check["name"]}\n\n{format_table(header, rows, "markdown")}')
+            if rows:
+                print(f'### {name}\n\n{format_table(header, rows, "markdown")}')
 
 
-def compare(models: list[dict]) -> list[list[str]]:
-    """Format models; the ratio is to the published structure with the same options."""
-    medians = {row['model']: row['median'] for row in models}
-    rows = []
-    for row in models:
-        name, _, options = row['model'].partition('@')
-        shared = [x for x in options.split(',') if x not in ('deploy', 'graph')]
-        twin = f'published::{name}@{",".join(shared)}'.removesuffix('@')
-        ratio = f'{medians[twin] / row["median"]:.2f}' if twin in medians else ''
-        memory = '' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
-        speed = [f'{1e3 * row["median"]:.2f}', f'{row["images_per_second"]:.0f}']
-        rows.append([row['model'], *speed, ratio, memory])
-    return rows
+def row_of(row: dict, others: list[dict]) -> list[str]:
+    """Format a model; the ratio is to the published structure with its options."""
+    name, _, options = row['model'].partition('@')
+    wanted = set(options.split(',')) - {'deploy', 'graph', ''}
+    ratio = ''
+    for other in others:
+        twin, _, given = other['model'].partition('@')
+        if twin == f'published::{name}' and set(given.split(',')) - {''} == wanted:
+            ratio = f'{other["median"] / row["median"]:.2f}'
+    memory = '' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
+    shares = [f'{100 * row[key]:.0f}' for key in ('rate_share', 'copy_share')]
+    speed = [f'{1e3 * row["median"]:.2f}', f'{row["images_per_second"]:.0f}']
+    return [row['model'], *speed, ratio, memory, *shares]
+
+
+STAGES = (
+    'build',
+    'right',
+    'train',
+    'survive',
+    'infer',
+    'steps',
+    'systems',
+    'compiled',
+    'hooks',
+    'feed',
+)
 
 
 def run_stage(args: argparse.Namespace) -> int:
@@ -194,10 +250,16 @@ def run_stage(args: argparse.Namespace) -> int:
 
     (stage,) = args.stages
     results = Results(args, stage)
-    if STAGES[stage] is None:
+    if stage in ('build', 'right'):
+        import equality as checks
+    elif stage in ('train', 'survive', 'hooks'):
+        import runs as checks
+    else:
+        checks = None
+    if checks is None:
         run_benchmarks(args, results, stage)
     else:
-        getattr(importlib.import_module(STAGES[stage]), stage)(args, results)
+        getattr(checks, stage)(args, results)
     return int(any(check['passed'] is False for check in results.found['checks']))
 
 
@@ -208,6 +270,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add('out', type=Path, help='folder of the results')
     add('stages', nargs='*', metavar='STAGE', help='all by default; or report')
+    add('--wheels', type=Path, help='folder of wheels to install into OUT')
+    add('--mmcv', help='source of mmcv, compiled if no wheel of it is there')
     add('--data', type=Path, help='folder with coco, ade, cifar10_small, photos')
     add('--device', choices=('cuda', 'cpu'), default='cuda', help='cpu: try it out')
     add('--limit', type=int, default=600, help='seconds for each stage')
@@ -222,14 +286,14 @@ def parse_args() -> argparse.Namespace:
     add('--settings', nargs='+', default=[], help='KEY=VALUE of the quick start')
     add('--inside', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    known = [*STAGES, 'report']
     for stage in args.stages:
-        if stage not in known:
-            parser.error(f'unknown stage {stage!r}; there are {", ".join(known)}')
+        if stage not in (*STAGES, 'report'):
+            known = ', '.join((*STAGES, 'report'))
+            parser.error(f'unknown stage {stage!r}; there are {known}')
     if 'feed' in args.stages and args.data is None:
         parser.error('feed needs --data, with coco, ade and photos in it')
     if not args.stages:
-        args.stages = list(STAGES)[: None if args.data else -1]
+        args.stages = list(STAGES[: None if args.data else -1])
     args.out = args.out.absolute()
     args.data = args.data and args.data.absolute()
     return args
@@ -237,13 +301,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sys.path[:0] = [str(ROOT / 'tests' / 'gpu'), str(ROOT)]
+    sys.path[:0] = [str(CHECKS), str(ROOT), str(args.out / 'site')]
     if args.inside:
         raise SystemExit(run_stage(args))
     args.out.mkdir(parents=True, exist_ok=True)
+    install(args)
     if args.stages == ['report']:
         return report(args)
-    os.environ['PYTHONPATH'] = f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'
+    paths = [str(ROOT), str(args.out / 'site'), os.environ.get('PYTHONPATH', '')]
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
     failed, given = [], [x for x in sys.argv[1:] if x not in STAGES]
     for stage in args.stages:
         command = [sys.executable, __file__, given[0], stage, *given[1:], '--inside']

@@ -44,6 +44,15 @@ def signals_of_the_process():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def plain_logs(monkeypatch):
+    """Most of the time of a short run goes into the layout of what it logs."""
+    monkeypatch.setattr(
+        'yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True)
+    )
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+
+
 @pytest.fixture
 def tool(monkeypatch, capsys):
     """Run a tool or module as from the command line, but in this process: faster."""

@@ -296,16 +296,19 @@ def _fetch(url: str, path: str) -> None:
     except (OSError, HTTPException) as error:
         way = f'; {MIRROR} can name a folder that has it' * url.startswith(ROOT)
         raise OSError(f'cannot fetch {url}: {error}{way}') from error
-    _check_hash(url, hashlib.sha256(content).hexdigest())
+    _check_hash(url, io.BytesIO(content))
     # A connection that breaks off early need not be an error for urllib.
     _open(io.BytesIO(content), url)
     write_file(path, content, overwrite=True)
 
 
-def _check_hash(url: str, digest: str) -> None:
-    """Compare a SHA-256 with the one in the name of a file, if it has one."""
+def _check_hash(url: str, file: BinaryIO) -> None:
+    """Compare the SHA-256 of a file with the one in its name, if there is one."""
     expected = HASH_IN_NAME.search(urlparse(url).path)
-    if expected and not digest.startswith(expected[1]):
+    if not expected:
+        return
+    digest = hashlib.sha256(file.read()).hexdigest()
+    if not digest.startswith(expected[1]):
         raise ValueError(
             f'{url} has the SHA-256 {digest}, but {expected[1]} is expected: it is '
             'damaged or another file'
@@ -344,7 +347,8 @@ def _download(url: str) -> str:
     if not osp.exists(path):
         _fetch(url, path)
     # Somebody else may have written to the cache.
-    _check_hash(url, hash_file(path))
+    with open(path, 'rb') as file:
+        _check_hash(url, file)
     return path
 
 

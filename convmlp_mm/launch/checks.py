@@ -249,10 +249,8 @@ def check_annotations(content: dict) -> dict[str, list]:
         what = f'height or width of {some_of(empty)} is not above 0'
         raise ValueError(what if empty else 'images is empty')
     categories = {row['id'] for row in content['categories']}
-    found, lost = (
-        defaultdict(list),
-        'are of images or categories it has not and dropped',
-    )
+    found = defaultdict(list)
+    lost = 'are of images or categories it has not and dropped'
     for row in content['annotations']:
         what = lost
         if row['image_id'] in sizes and row['category_id'] in categories:

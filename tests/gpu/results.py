@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from convmlp_mm.checkpoint import write_file
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,9 +30,7 @@ class Results:
         self.found['checks'].append(dict(name=name, passed=passed, **values))
         self.found['seconds'] = round(time.perf_counter() - self.started, 1)
         text = json.dumps(self.found, indent=1, default=str)
-        partial = self.path.with_suffix('.tmp')
-        partial.write_text(text)
-        partial.replace(self.path)
+        write_file(self.path, text, overwrite=True)
         word = {True: 'passed', False: 'FAILED', None: 'measured'}[passed]
         line = f'{word}: {name}: {state(values)}'
         print(f'{self.found["seconds"]:6.1f} s {line}', flush=True)

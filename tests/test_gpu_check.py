@@ -8,6 +8,7 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = runpy.run_path(str(ROOT / 'tools' / 'dev' / 'gpu_check.py'))
@@ -40,6 +41,16 @@ def test_a_check_that_fails_is_kept_and_counted(tool, tmp_path, monkeypatch):
     checks = json.loads((tmp_path / 'out' / 'build.json').read_text())['checks']
     assert [check['passed'] for check in checks] == [False, True, True, True]
     assert checks[0]['error'] == 'OSError: 1'
+
+
+def test_differences_are_those_of_the_largest_value_and_nan_never_passes():
+    relative = runpy.run_path(str(ROOT / 'tests' / 'gpu' / 'results.py'))['relative']
+    expected = torch.tensor([4.0, -8.0, 0.0])
+    assert relative(expected, expected) == 0
+    assert relative(expected + torch.tensor([0, 0, 2.0]), expected) == 0.25
+    for wrong in (torch.nan, torch.inf):
+        found = [relative(x, expected) for x in (expected, expected + wrong)]
+        assert max(found) == torch.inf
 
 
 @pytest.mark.parametrize(

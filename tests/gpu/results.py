@@ -75,10 +75,12 @@ def describe_machine(args: argparse.Namespace) -> dict:
 
 
 def relative(found, expected) -> float:
-    """Largest difference over the largest value."""
+    """Largest difference over the largest value; infinite if there is NaN."""
     expected = expected.detach().double().cpu()
     scale = expected.abs().max().clamp(min=1e-300)
-    return float((found.detach().double().cpu() - expected).abs().max() / scale)
+    difference = (found.detach().double().cpu() - expected).abs().max() / scale
+    # max() of several differences would pass over NaN.
+    return float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def set_tf32(on: bool) -> None:

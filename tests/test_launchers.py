@@ -315,6 +315,19 @@ def test_launchers_find_their_folder_where_cd_says_where_it_goes(tmp_path):
     assert done.stdout.splitlines()[0] == str(tmp_path / 'tools' / 'train.py')
 
 
+@pytest.mark.parametrize('tools', ['tools', 'convmlp_mm/.mim/tools'])
+def test_launcher_is_found_in_a_checkout_and_in_an_installed_package(tmp_path, tools):
+    shutil.copytree(TOOLS, tmp_path / tools)
+    elastic_file = tmp_path / 'convmlp_mm' / 'launch' / 'elastic.py'
+    elastic_file.parent.mkdir(parents=True)
+    elastic_file.touch()
+    (tmp_path / 'python').write_text('#!/bin/sh\necho "$1"\n')
+    (tmp_path / 'python').chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    done = bash(tmp_path / tools / 'dist_train.sh', 'x.py', 1, cwd=tmp_path, **env)
+    assert Path(done.stdout.splitlines()[1]).samefile(elastic_file)
+
+
 def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):
     for name, line in (
         ('srun', 'echo "$CONVMLP_MM_ATTEMPT" "$CONVMLP_MM_LAUNCH_ID" "$@"'),

@@ -10,7 +10,6 @@ that this module knows: no model zoo, no configuration, none of the backbone's c
 from __future__ import annotations
 
 import codecs
-import contextlib
 import hashlib
 import io
 import os
@@ -103,10 +102,9 @@ def write_file(
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    finally:
+        if osp.exists(temporary):
             os.unlink(temporary)
-        raise
 
 
 def remove_leftovers(folder: str | os.PathLike) -> list[str]:

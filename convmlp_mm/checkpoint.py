@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from http.client import HTTPException
 from types import SimpleNamespace
-from typing import BinaryIO
 from urllib.parse import urlparse
 
 import numpy as np
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 # The authors' server, and the variable that names a folder with their files.
 ROOT = 'https://shi-labs.com/projects/convmlp/checkpoints/'
 MIRROR = 'CONVMLP_WEIGHTS'
+WEB = ('http://', 'https://')
 # Seconds that a server may take to answer, and between two parts of a file.
 TIMEOUT = 60
 # The first digits stand in the names of published files (torch hub, OpenMMLab), where a
@@ -207,54 +207,50 @@ class _Unpickler(pickle.Unpickler):
         return load(key)
 
 
-def _check_archive(file: BinaryIO) -> dict[str, int]:
+def _check_archive(content: bytes) -> dict[str, int]:
     """Refuse an archive that torch would run, that would grow, or that is ambiguous.
 
     Return the bytes of its entries by name; none of the format before torch 1.6.
     """
-    start, size = file.read(4), file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if start != b'PK\3\4':
+    if not content.startswith(b'PK\3\4'):
         return {}
     # This is torch's own reader; another may see other entries in the same file.
-    if 'constants.pkl' in torch._C.PyTorchFileReader(file).get_all_records():
+    names = torch._C.PyTorchFileReader(io.BytesIO(content)).get_all_records()
+    if 'constants.pkl' in names:
         raise ValueError('it is a TorchScript archive, which is a program')
-    entries = zipfile.ZipFile(file).infolist()
+    entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
     whole = sum(entry.file_size for entry in entries)
-    if whole > size or any(entry.compress_type for entry in entries):
-        raise ValueError(f'its {size} bytes would become {whole}')
+    if whole > len(content) or any(entry.compress_type for entry in entries):
+        raise ValueError(f'its {len(content)} bytes would become {whole}')
     sizes = {entry.filename.partition('/')[2]: entry.file_size for entry in entries}
     if len(sizes) < len(entries):
         raise ValueError('entries of it have the same name')
-    file.seek(0)
     return sizes
 
 
-def _load_safely(file: BinaryIO, name: str, map_location: str | torch.device) -> object:
+def _load_safely(content: bytes, name: str, map_location: str | torch.device) -> object:
     if name.endswith('.safetensors'):
         # timm and Hugging Face write such files; timm brings the reader.
         from safetensors.torch import load
 
-        return {key: x.to(map_location) for key, x in load(file.read()).items()}
-    sizes = _check_archive(file)
-    if not sizes:
-        # A file of the disk would also be tried as a tar archive, and unpacked.
-        file = io.BytesIO(file.read())
-    unpickler = type('Unpickler', (_Unpickler,), dict(sizes=sizes))
+        return {key: x.to(map_location) for key, x in load(content).items()}
+    unpickler = type('Unpickler', (_Unpickler,), dict(sizes=_check_archive(content)))
     module = SimpleNamespace(
         __name__='safe_pickle',
         Unpickler=unpickler,
         load=lambda file, **kwargs: unpickler(file, **kwargs).load(),
     )
+    # A file of the disk would also be tried as a tar archive, and unpacked.
     return torch.load(
-        file, map_location=map_location, pickle_module=module, weights_only=False
+        io.BytesIO(content), map_location, pickle_module=module, weights_only=False
     )
 
 
-def _open(file: BinaryIO, name: str, map_location: str | torch.device = 'cpu') -> dict:
+def _open(content: bytes, name: str, map_location: str | torch.device = 'cpu') -> dict:
     """Read a file, and say of what is wrong with it what a user can use."""
+    _check_hash(name, content)
     try:
-        checkpoint = _load_safely(file, name, map_location)
+        checkpoint = _load_safely(content, name, map_location)
     # Unpickling damaged bytes can raise any exception.
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
@@ -283,6 +279,19 @@ def check_content(checkpoint: object, name: str) -> None:
             )
 
 
+def _check_hash(name: str, content: bytes) -> None:
+    """Compare the SHA-256 of a download with the one in its name, if there is one."""
+    expected = name.startswith(WEB) and HASH_IN_NAME.search(urlparse(name).path)
+    if not expected:
+        return
+    digest = hashlib.sha256(content).hexdigest()
+    if not digest.startswith(expected[1]):
+        raise ValueError(
+            f'{name} has the SHA-256 {digest}, but {expected[1]} is expected: it is '
+            'damaged or another file'
+        )
+
+
 def _fetch(url: str, path: str) -> None:
     """Put a file into the cache if it is whole, safe and the right one."""
     os.makedirs(osp.dirname(path), exist_ok=True)
@@ -294,35 +303,22 @@ def _fetch(url: str, path: str) -> None:
     except (OSError, HTTPException) as error:
         way = f'; {MIRROR} can name a folder that has it' * url.startswith(ROOT)
         raise OSError(f'cannot fetch {url}: {error}{way}') from error
-    _check_hash(url, io.BytesIO(content))
     # A connection that breaks off early need not be an error for urllib.
-    _open(io.BytesIO(content), url)
+    _open(content, url)
     write_file(path, content, overwrite=True)
-
-
-def _check_hash(url: str, file: BinaryIO) -> None:
-    """Compare the SHA-256 of a file with the one in its name, if there is one."""
-    expected = HASH_IN_NAME.search(urlparse(url).path)
-    if not expected:
-        return
-    digest = hashlib.sha256(file.read()).hexdigest()
-    if not digest.startswith(expected[1]):
-        raise ValueError(
-            f'{url} has the SHA-256 {digest}, but {expected[1]} is expected: it is '
-            'damaged or another file'
-        )
 
 
 def locate_checkpoint(filename: str | os.PathLike) -> str:
     """Return the path of a checkpoint, fetching it, or its URL if not of http(s).
 
-    The argument and the errors are those of :func:`read_checkpoint`.
+    The argument and the errors are those of :func:`read_checkpoint`, which is the one
+    that notices when somebody else has written to the cache.
     """
     filename = osp.expanduser(os.fspath(filename))
     mirror = os.environ.get(MIRROR)
     if mirror and filename.startswith(ROOT):
         filename = osp.join(mirror, filename.removeprefix(ROOT))
-    if filename.startswith(('http://', 'https://')):
+    if filename.startswith(WEB):
         return _download(filename)
     if '://' not in filename and not osp.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
@@ -344,9 +340,6 @@ def _download(url: str) -> str:
         barrier()
     if not osp.exists(path):
         _fetch(url, path)
-    # Somebody else may have written to the cache.
-    with open(path, 'rb') as file:
-        _check_hash(url, file)
     return path
 
 
@@ -368,11 +361,8 @@ def read_checkpoint(
         ValueError: If what is fetched has not the SHA-256 that the end of its name
             says (``-`` and eight digits or more).
     """
-    source = locate_checkpoint(filename)
-    if '://' in source:
-        return _open(io.BytesIO(fileio.get(source)), source, map_location)
-    with open(source, 'rb') as file:
-        return _open(file, os.fspath(filename), map_location)
+    content = fileio.get(locate_checkpoint(filename))
+    return _open(content, os.fspath(filename), map_location)
 
 
 def dump_checkpoint(checkpoint: Mapping) -> bytes:

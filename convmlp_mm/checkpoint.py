@@ -414,12 +414,10 @@ def name_as_model(checkpoint: Mapping) -> dict[str, Tensor]:
     found = without_module(checkpoint)
     if not any(key.startswith(TOKENIZER) for key in found):
         return found
-
-    def rename(key: str) -> str:
-        head = key.removeprefix('head.')
-        return BACKBONE + key if head == key else CLASSIFIER_HEAD + head
-
-    return {rename(key): value for key, value in found.items()}
+    return {
+        f'{BACKBONE}{key}'.replace(f'{BACKBONE}head.', CLASSIFIER_HEAD): value
+        for key, value in found.items()
+    }
 
 
 # Values: what cannot be weights, whatever its name and shape are.
@@ -559,39 +557,31 @@ def fit_checkpoint(
         # Tensors of another model keep their names.
         found = {key.removeprefix(BACKBONE): found[key] for key in mine or found}
         prefix = ''
-    shapes = {
-        key: f'{key} ({tuple(found[key].shape)} in the file, {tuple(value.shape)} here)'
-        for key, value in expected.items()
-        if key in found and _is_plain(found[key]) and found[key].shape != value.shape
-    }
-    wrong = {
-        'missing': [k for k in expected if k not in found and not k.endswith(COUNTER)],
-        'of another shape': list(shapes),
-        'unknown': [key for key in found if key not in expected],
-    }
-
-    def excuse(what: str, key: str) -> str | None:
-        if exact:
-            return None
-        if what == 'unknown' and _is_expected_extra(key, expected, prefix):
-            return 'skipped'
-        if key.startswith(prefix):
-            return None
-        if what == 'missing' and partial:
-            return 'not in the file'
-        if what == 'of another shape' and skip_heads and 'head' in key:
-            same_input = found[key].shape[1:] == expected[key].shape[1:]
-            return 'skipped for another number of classes' if same_input else None
-        return None
-
-    errors, skipped = defaultdict(list), defaultdict(list)
-    for what, names in wrong.items():
-        for key in names:
-            if reason := excuse(what, key):
-                skipped[reason].append(key)
-            else:
-                errors[what].append(shapes.get(key, key))
-    loaded = {k: found[k] for k in expected if k in found and k not in shapes}
+    errors = {'missing': [], 'of another shape': [], 'unknown': []}
+    loaded, skipped = {}, defaultdict(list)
+    for key in dict.fromkeys([*expected, *found]):
+        here, there, text = expected.get(key), found.get(key), key
+        outside = not key.startswith(prefix)
+        if there is None and key.endswith(COUNTER):
+            continue
+        if there is None:
+            what, excuse = 'missing', 'not in the file'
+            is_excused = outside and partial
+        elif here is None:
+            what, excuse = 'unknown', 'skipped'
+            is_excused = _is_expected_extra(key, expected, prefix)
+        elif _is_plain(there) and there.shape != here.shape:
+            what, excuse = 'of another shape', 'skipped for another number of classes'
+            text = f'{key} ({tuple(there.shape)} in the file, {tuple(here.shape)} here)'
+            is_head = outside and 'head' in key and there.shape[1:] == here.shape[1:]
+            is_excused = skip_heads and is_head
+        else:
+            loaded[key] = there
+            continue
+        if is_excused and not exact:
+            skipped[excuse].append(key)
+        else:
+            errors[what].append(text)
     dtypes = {key: expected[key].dtype for key in loaded}
     if problems := _list_problems(loaded, dtypes, errors):
         raise CheckpointError(
@@ -621,17 +611,17 @@ def _explain_arch(model: nn.Module, found: Mapping[str, Tensor]) -> str:
     if type(backbone).__name__ != 'ConvMLP':
         return ''
     shapes = {key.removeprefix(BACKBONE): value.shape for key, value in found.items()}
-    configured, of_file = 'a custom ConvMLP', None
-    for name, arch in backbone.arch_settings.items():
+    settings = backbone.arch_settings
+    own = [name for name, arch in settings.items() if arch == backbone.arch]
+    for name in settings:
         with torch.device('meta'):
             built = type(backbone)(name).state_dict()
-        if all(shapes.get(key) == value.shape for key, value in built.items()):
-            of_file = f'ConvMLP-{name.upper()}'
-        if arch == backbone.arch:
-            configured = f'ConvMLP-{name.upper()}'
-    if of_file in (None, configured):
-        return ''
-    return f'. The file is {of_file}; the configuration says {configured}'
+        fits = all(shapes.get(key) == value.shape for key, value in built.items())
+        if fits and name not in own:
+            theirs = f'ConvMLP-{name.upper()}'
+            ours = f'ConvMLP-{own[0].upper()}' if own else 'a custom ConvMLP'
+            return f'. The file is {theirs}; the configuration says {ours}'
+    return ''
 
 
 # Converting between the authors' files and the layout of today's toolkits.

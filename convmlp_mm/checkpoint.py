@@ -51,12 +51,9 @@ LEFTOVER = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp')
 BACKBONE = 'backbone.'
 TOKENIZER = 'tokenizer.'
 BACKBONE_PREFIXES = (TOKENIZER, 'conv_stages.', 'stages.')
-# The part of a published classifier beyond the feature extractor, and mmpretrain's name
-# of that head.
-HEAD_PREFIXES = ('head.', 'norm.')
+# mmpretrain's name of the head of a published classifier.
 CLASSIFIER_HEAD = 'head.fc.'
-# Files written before torch 0.4.1 lack these tensors of BN, and nothing reads them.
-COUNTER = 'num_batches_tracked'
+# Names that a message lists.
 MAX_NAMES = 6
 
 
@@ -365,12 +362,14 @@ def read_checkpoint(
     return _open(content, os.fspath(filename), map_location)
 
 
-def dump_checkpoint(checkpoint: Mapping) -> bytes:
+def dump_checkpoint(checkpoint: Mapping, name: str | os.PathLike) -> bytes:
     """Make the content of a file that ``torch.load`` reads as weights only.
 
     Raises:
-        ValueError: If it holds more than tensors, text and numbers.
+        ValueError: If it holds more than tensors, text and numbers, or weights that
+            :func:`check_tensors` refuses; they are called those of ``name``.
     """
+    check_tensors(without_module(checkpoint), name)
 
     def whole(value: object) -> object:
         if isinstance(value, Mapping):
@@ -459,21 +458,21 @@ def find_not_finite(content: object, name: str = '') -> Iterator[str]:
 
 def _list_problems(
     found: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
+    expected: Mapping[str, Tensor],
     problems: Mapping[str, list[str]],
 ) -> str:
     """Add to the problems of names those of values that are no weights, and list all.
 
-    ``dtypes`` says what tensors are to become, as far as that is known.
+    ``expected`` are the tensors of the model, as far as it is known.
     """
     plain = {key: value for key, value in found.items() if _is_plain(value)}
     problems = {
         **problems,
         'sparse, quantised or without data': [k for k in found if k not in plain],
         'of another kind of numbers': [
-            f'{key} ({value.dtype} in the file, {dtypes[key]} here)'
+            f'{key} ({value.dtype} in the file, {expected[key].dtype} here)'
             for key, value in plain.items()
-            if key in dtypes and _kind(value.dtype) != _kind(dtypes[key])
+            if key in expected and _kind(value.dtype) != _kind(expected[key].dtype)
         ],
         'with NaN or Inf': list(find_not_finite(plain)),
     }
@@ -509,9 +508,8 @@ def load_backbone_weights(
         A line that says how many tensors were loaded, and which were skipped.
 
     Raises:
-        OSError: If there is no such file.
-        CheckpointError: If a tensor of the backbone is missing, unknown, of another
-            shape or kind of numbers, or not finite.
+        OSError: See :func:`read_checkpoint`.
+        ValueError: See :func:`read_checkpoint` and :func:`fit_checkpoint`.
     """
     found = without_module(read_checkpoint(checkpoint, map_location))
     if prefix:
@@ -562,7 +560,8 @@ def fit_checkpoint(
     for key in dict.fromkeys([*expected, *found]):
         here, there, text = expected.get(key), found.get(key), key
         outside = not key.startswith(prefix)
-        if there is None and key.endswith(COUNTER):
+        # Files written before torch 0.4.1 lack these of BN, and nothing reads them.
+        if there is None and key.endswith('num_batches_tracked'):
             continue
         if there is None:
             what, excuse = 'missing', 'not in the file'
@@ -582,8 +581,7 @@ def fit_checkpoint(
             skipped[excuse].append(key)
         else:
             errors[what].append(text)
-    dtypes = {key: expected[key].dtype for key in loaded}
-    if problems := _list_problems(loaded, dtypes, errors):
+    if problems := _list_problems(loaded, expected, errors):
         raise CheckpointError(
             f'checkpoint {str(name)!r} does not fit this {kind}; of its '
             f'{len(expected)} tensors and the {len(found)} in the file, {problems}'
@@ -598,7 +596,7 @@ def fit_checkpoint(
 def _is_expected_extra(key: str, built: Iterable[str], prefix: str) -> bool:
     """Whether a name is of a head, or of a stage that this backbone has not built."""
     name = key.removeprefix(prefix)
-    if not key.startswith(prefix) or name.startswith(HEAD_PREFIXES):
+    if not key.startswith(prefix) or name.startswith(('head.', 'norm.')):
         return True
     stage = re.match(r'(stages\.\d+|[^.]*)\.?', name)[0]
     is_built = any(other.startswith(prefix + stage) for other in built)

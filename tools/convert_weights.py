@@ -11,9 +11,7 @@ import os.path as osp
 
 from convmlp_mm.checkpoint import (
     check_output,
-    check_tensors,
     dump_checkpoint,
-    name_as_model,
     read_checkpoint,
     to_mm_layout,
     to_published_layout,
@@ -36,8 +34,8 @@ def main() -> None:
     with one_line_errors():
         check_output(args.out, args.overwrite)
         converted = LAYOUTS[args.to](read_checkpoint(args.checkpoint))
-        check_tensors(name_as_model(converted), args.checkpoint)
-        write_file(args.out, dump_checkpoint(converted), args.overwrite)
+        content = dump_checkpoint(converted, args.checkpoint)
+        write_file(args.out, content, args.overwrite)
     count = len(converted.get('state_dict', converted))
     print(f'wrote {args.out}: {count} tensors, layout {args.to!r}')
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from convmlp_mm.checkpoint import (
     check_output,
-    check_tensors,
     dump_checkpoint,
     read_checkpoint,
     write_file,
@@ -37,10 +36,9 @@ def main() -> None:
         weights = checkpoint.get('state_dict', checkpoint)
         if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
             raise ValueError(f'checkpoint {args.checkpoint!r} holds no tensors alone')
-        check_tensors(weights, args.checkpoint)
         meta = checkpoint.get('meta') or {}
         meta = {k: meta[k] for k in ('dataset_meta', 'CLASSES') if k in meta}
-        content = dump_checkpoint(dict(state_dict=weights, meta=meta))
+        content = dump_checkpoint(dict(state_dict=weights, meta=meta), args.checkpoint)
         digest = hashlib.sha256(content).hexdigest()
         path = f'{stem}-{digest[:8]}.pth'
         write_file(path, content)

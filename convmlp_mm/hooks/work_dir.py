@@ -36,9 +36,6 @@ def work_dir_lock(folder: str | os.PathLike) -> Iterator[None]:
     none; one process must not take it twice. Where the file system has no locks, a
     warning says so.
 
-    Args:
-        folder: The work dir.
-
     Raises:
         BlockingIOError: If another run has it and keeps it; the message says which.
         PermissionError: If the folder cannot be written.

@@ -9,16 +9,6 @@ from __future__ import annotations
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, Runner
 
-__all__ = [
-    'accumulative_counts',
-    'is_resumed',
-    'is_training',
-    'load_from',
-    'save_now',
-    'set_start',
-    'train_loader_settings',
-]
-
 
 def is_training(runner: Runner) -> bool:
     """Tell whether ``runner.train()`` was called.

@@ -39,7 +39,6 @@ __all__ = [
     'find_latest_checkpoint',
     'keep_own_files',
     'named_checkpoint',
-    'reason_of',
     'remove_checkpoint',
 ]
 
@@ -48,9 +47,6 @@ NOTE = 'last_checkpoint'
 # The key of the message hub under which a checkpoint names what a preempted run has
 # saved in the middle of an epoch.
 PREEMPTED_FILE = 'preempted_ckpt'
-
-
-# Files
 
 
 class NotSavedError(OSError):
@@ -112,50 +108,47 @@ def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
-def _is_own_name(hook: CheckpointHook, name: str) -> bool:
-    """Whether a name is one that the hook gives to a file, or PreemptionHook does."""
+def _is_own_file(hook: CheckpointHook, folder: str, name: str) -> bool:
+    """Whether there is a file with a name that the hook gives, or PreemptionHook."""
     template = r'\d+'.join(map(re.escape, re.split(r'\{.*?\}', hook.filename_tmpl)))
     pattern = rf'(best_[^/\\]+_)?{template}|iter_\d+\.pth'
-    return re.fullmatch(pattern, name) is not None
+    return bool(re.fullmatch(pattern, name)) and osp.isfile(osp.join(folder, name))
 
 
+@master_only
 def remove_checkpoint(hook: CheckpointHook, path: str) -> None:
-    """Delete at once a file that this run has saved, if it is there.
+    """Delete at once, in the main process, a file that this run has saved.
 
-    Args:
-        hook: Of the main process; it knows the folder.
-        path: Its name counts. Others than the hook's own, and folders, stay.
+    Of ``path`` the name counts: the hook knows the folder. What is not its own stays.
     """
     name = osp.basename(path)
-    path = osp.join(hook.out_dir, name)
-    if _is_own_name(hook, name) and osp.isfile(path):
-        LocalBackend().remove(path)
+    if _is_own_file(hook, hook.out_dir, name):
+        LocalBackend().remove(osp.join(hook.out_dir, name))
 
 
 def keep_own_files(runner: Runner, info: dict, resumed: str) -> None:
     """Forget the files that a checkpoint names, unless the run has saved them.
 
-    The hooks remove and replace what stands there. A run has saved what lies in its
-    work dir, under one of its names, if the checkpoint lies there too.
+    The hooks remove and replace what stands there. A run has saved a file that lies in
+    its work dir, under one of its names, if the checkpoint lies there too.
 
     Args:
         runner: The runner, before its training.
         info: ``runtime_info`` in the message hub; it is changed.
         resumed: The checkpoint.
     """
-    hook, folder = next(iter(checkpoint_hooks(runner)), None), runner.work_dir
+    hooks, folder = checkpoint_hooks(runner), runner.work_dir
     in_place = osp.realpath(osp.dirname(resumed)) == osp.realpath(folder)
     # mmengine's own hook can save elsewhere.
-    in_place = in_place and hook is not None and hook.out_dir in (None, folder)
+    in_place = in_place and hooks and hooks[0].out_dir in (None, folder)
 
     def is_own(name: str) -> bool:
-        known = in_place and _is_own_name(hook, name)
-        return known and not osp.isdir(osp.join(folder, name))
+        return bool(in_place) and _is_own_file(hooks[0], folder, name)
 
     for key, value in list(info.items()):
         if key == 'keep_ckpt_ids':
             steps = [n for n in value if type(n) is int] if in_place else []
-            info[key] = [n for n in steps if is_own(hook.filename_tmpl.format(n))]
+            info[key] = [n for n in steps if is_own(hooks[0].filename_tmpl.format(n))]
         elif key in ('last_ckpt', PREEMPTED_FILE) or str(key).startswith('best_ckpt'):
             name = osp.basename(str(value))
             if is_own(name):
@@ -184,13 +177,10 @@ def named_checkpoint(work_dir: str | os.PathLike) -> str | None:
 
 
 def check_resumable(checkpoint: dict) -> None:
-    """Check that the Runner can go on from a checkpoint.
+    """Raise a ValueError if the Runner cannot go on from what a checkpoint holds.
 
-    Args:
-        checkpoint: What the file holds. Its logs are made again from their numbers.
-
-    Raises:
-        ValueError: If something is missing, or is not what the Runner writes.
+    Something is missing then, or is not what the Runner writes. The logs in it are made
+    again from their numbers.
     """
     meta, hub = checkpoint.get('meta') or {}, checkpoint.get('message_hub') or {}
     missing = [key for key in ('state_dict', 'message_hub') if not checkpoint.get(key)]
@@ -240,16 +230,20 @@ def find_latest_checkpoint(
         ValueError: If there are checkpoints and none can be resumed from: to start
             from the beginning would write over them.
     """
-    work_dir, failed = os.fspath(work_dir), []
-
-    def read(path: str) -> dict | None:
-        """Return the ``meta`` of a checkpoint that can be resumed from."""
+    work_dir, named = os.fspath(work_dir), named_checkpoint(work_dir)
+    paths = [named] if named else []
+    for path in glob.glob(osp.join(glob.escape(work_dir), '*.pth')):
+        name = osp.basename(path)
+        other = name.startswith('best_') or HASH_IN_NAME.search(name)
+        if path != named and not other and osp.isfile(path):
+            paths.append(path)
+    found, failed = [], []
+    for path in paths:
         try:
             content = read_checkpoint(path)
             check_resumable(content)
             if 'optimizer' not in content:
                 raise ValueError('it has no optimizer')
-            return content['meta']
         # Unpickling makes any exception there is of damaged bytes.
         except Exception as error:
             failed.append(repr(path))
@@ -258,20 +252,13 @@ def find_latest_checkpoint(
                 logger='current',
                 level=logging.WARNING,
             )
-            return None
-
-    named = named_checkpoint(work_dir)
-    if named is not None and (meta := read(named)) is not None:
-        # Each save writes the note, so that a launch has none beside it.
-        return named if launch in (None, meta.get(LAUNCH)) else None
-    found = []
-    for path in glob.glob(osp.join(glob.escape(work_dir), '*.pth')):
-        name = osp.basename(path)
-        other = name.startswith('best_') or HASH_IN_NAME.search(name)
-        if other or path == named or not osp.isfile(path):
             continue
-        meta = read(path)
-        if meta is not None and launch in (None, meta.get(LAUNCH)):
+        meta = content['meta']
+        is_of_launch = launch in (None, meta.get(LAUNCH))
+        if path == named:
+            # Each save writes the note, so that a launch has none beside it.
+            return named if is_of_launch else None
+        if is_of_launch:
             found.append((meta['iter'], osp.getmtime(path), path))
     if found:
         return max(found)[-1]
@@ -288,9 +275,6 @@ def find_latest_checkpoint(
             f'--resume CHECKPOINT, or remove {NOTE} to start from the beginning'
         )
     return None
-
-
-# The hook
 
 
 @HOOKS.register_module()
@@ -343,29 +327,26 @@ class SafeCheckpointHook(CheckpointHook):
                 runner.logger.info(f'Removed {name}, of a run that was killed.')
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
-        """Save the best checkpoints, and then remove the former ones.
-
-        Raises:
-            NotSavedError: If one cannot be saved.
-        """
-        with self._ending_the_run(runner):
+        """Save the best checkpoints, and then remove the former ones."""
+        with self._saving(runner):
             super().after_val_epoch(runner, metrics)
-        self._remove_replaced(runner)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Save the latest checkpoint and note it, and remove then what it replaces."""
         runner.call_hook('before_gather_state')
-        with self._ending_the_run(runner):
+        with self._saving(runner):
             super()._save_checkpoint_with_step(runner, step, meta)
             if is_main_process():
                 # The parent has written it in place, where a kill leaves an empty file.
                 note = osp.join(runner.work_dir, NOTE)
                 self.file_backend.put(self.last_ckpt.encode(), note)
-        self._remove_replaced(runner)
 
     @contextlib.contextmanager
-    def _ending_the_run(self, runner: Runner) -> Iterator[None]:
-        """Say in one sentence what cannot be saved, and what is still good."""
+    def _saving(self, runner: Runner) -> Iterator[None]:
+        """Remove what has been replaced, once the new files are there.
+
+        If one cannot be saved, say in one sentence which, and what is still good.
+        """
         good = self.last_ckpt or (load_from(runner) if is_resumed(runner) else None)
         good = f'the last good checkpoint is {good}' if good else 'there is none yet'
         try:
@@ -376,16 +357,9 @@ class SafeCheckpointHook(CheckpointHook):
             path, reason = error.filename or self.last_ckpt, reason_of(error)
             message = f'cannot save {path}: {reason}; {good}'
             raise NotSavedError(message, error.errno) from error
-
-    @master_only
-    def _remove_replaced(self, runner: Runner) -> None:
-        """Remove what has been replaced, but for names that are in use again.
-
-        A run that goes on from an earlier checkpoint uses the same names.
-        """
-        best = [getattr(self, 'best_ckpt_path', None)]
-        best += getattr(self, 'best_ckpt_path_dict', {}).values()
-        in_use = {osp.basename(path) for path in (self.last_ckpt, *best) if path}
+        # A run that goes on from an earlier checkpoint uses names again.
+        values = runner.message_hub.runtime_info.values()
+        in_use = {osp.basename(value) for value in values if isinstance(value, str)}
         for name in self.file_backend.replaced:
             try:
                 if name not in in_use:

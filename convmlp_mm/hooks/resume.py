@@ -6,15 +6,14 @@ import bisect
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 import torch
 from mmengine.dist import gather_object, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch import nn
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ._mmengine import is_resumed, is_training, train_loader_settings
@@ -23,9 +22,6 @@ __all__ = ['ExactResumeHook', 'check_state', 'get_random_state', 'set_random_sta
 
 # The key of a checkpoint.
 KEY = 'exact_resume'
-
-
-# Random numbers
 
 
 def get_random_state() -> dict:
@@ -49,22 +45,6 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state['torch'].cpu())
     if torch.cuda.is_available() and 'device' in state:
         torch.cuda.set_rng_state(state['device'].cpu())
-
-
-# The position in the data
-
-
-def _build_loader_again(runner: Runner, loop: BaseLoop, seed: int) -> None:
-    """Give the samplers the seed of the first start, and none of its batches."""
-    settings = train_loader_settings(runner)
-    # Of a loader that the caller has built, the caller knows the seed.
-    if isinstance(settings, dict):
-        randomness = runner.cfg.get('randomness', {})
-        loop.dataloader = runner.build_dataloader(
-            {**settings, 'dataset': loop.dataloader.dataset},
-            seed=seed,
-            diff_rank_seed=randomness.get('diff_rank_seed', False),
-        )
 
 
 class ResumedBatchSampler:
@@ -103,26 +83,18 @@ def _skip_in_epoch(loop: EpochBasedTrainLoop, count: int, begin: Callable) -> No
 
     Its hooks see the index of a batch in the whole epoch.
     """
-    whole = loop.dataloader.batch_sampler
-    run_iter, run_epoch = loop.run_iter, loop.run_epoch
+    whole, run_iter, first = loop.dataloader.batch_sampler, loop.run_iter, loop.epoch
     # The sampler hears of the epoch only when it begins.
     ResumedBatchSampler(loop.dataloader, lambda: islice(whole, count, None), begin)
 
     def run_shifted(idx: int, data_batch: object) -> None:
-        run_iter(idx + count, data_batch)
+        run_iter(idx + count if loop.epoch == first else idx, data_batch)
 
-    def run_first_epoch() -> None:
-        run_epoch()
-        del loop.run_iter, loop.run_epoch
-
-    loop.run_iter, loop.run_epoch = run_shifted, run_first_epoch
+    loop.run_iter = run_shifted
 
 
 class ResumedIterator:
     """The endless iterator of an iteration-based loop, already where it belongs.
-
-    Up to mmengine 0.10.7 the loop advances it by as many batches as have been trained,
-    since then by ``skip_iter``; none of them is loaded.
 
     Args:
         loop: It has a loader that has not been used.
@@ -130,7 +102,6 @@ class ResumedIterator:
     """
 
     def __init__(self, loop: IterBasedTrainLoop, begin: Callable) -> None:
-        self.to_skip = 0 if hasattr(loop, 'fast_forward_on_resume') else loop.iter
         self.loader, self.passes = loop.dataloader, 0
         whole = self.loader.batch_sampler
         batches = iter(whole)
@@ -140,7 +111,10 @@ class ResumedIterator:
                 batches = iter(whole)
                 next(batches)
         ResumedBatchSampler(self.loader, lambda: batches, begin)
-        self.batches = self._generate()
+        # The loop advances by what has been trained: up to mmengine 0.10.7 batch by
+        # batch, since then by skip_iter.
+        to_skip = 0 if hasattr(loop, 'fast_forward_on_resume') else loop.iter
+        self.batches = self._generate(to_skip)
 
     def _begin_pass(self) -> None:
         self.passes += 1
@@ -148,26 +122,17 @@ class ResumedIterator:
         if hasattr(sampler, 'set_epoch'):
             sampler.set_epoch(self.passes)
 
-    def _generate(self) -> Iterator:
+    def _generate(self, to_skip: int) -> Iterator:
+        yield from repeat(None, to_skip)
         while True:
             yield from self.loader
             self._begin_pass()
 
     def skip_iter(self, num_iters: int) -> None:
         """Skip nothing more."""
-        self.to_skip = 0
-
-    def __iter__(self) -> ResumedIterator:
-        return self
 
     def __next__(self) -> object:
-        if self.to_skip:
-            self.to_skip -= 1
-            return None
         return next(self.batches)
-
-
-# The hook
 
 
 @HOOKS.register_module()
@@ -204,8 +169,6 @@ class ExactResumeHook(Hook):
         self._validated_at: int | None = None
         self._before_val: dict | None = None
 
-    # Saving
-
     def before_gather_state(self, runner: Runner) -> None:
         """Collect the state of all processes; each of them calls this."""
         self._gathered = gather_object(self._process_state(runner)) or []
@@ -240,8 +203,6 @@ class ExactResumeHook(Hook):
             buffers={k: b.detach().cpu() for k, b in buffers.items()},
         )
 
-    # Resuming
-
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the state out of a checkpoint that is resumed."""
         state = checkpoint.pop(KEY, None)
@@ -265,23 +226,35 @@ class ExactResumeHook(Hook):
             )
 
     def _restore(self, runner: Runner, state: dict, process: dict) -> None:
-        loop = runner.train_loop
+        model, loop, count = runner.model, runner.train_loop, state['batches']
+        params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        for name, grad in process['grads'].items():
+            # torch wants them in the layout that backward gives them.
+            params[name].grad = torch.empty_like(params[name]).copy_(grad)
+        for name, buffer in process['buffers'].items():
+            buffers[name].copy_(buffer)
+        settings = train_loader_settings(runner)
+        # Of a loader that the caller has built, the caller knows the seed. Otherwise
+        # the samplers get that of the first start, and have given no batches yet.
+        if isinstance(settings, dict):
+            randomness = runner.cfg.get('randomness', {})
+            loop.dataloader = runner.build_dataloader(
+                {**settings, 'dataset': loop.dataloader.dataset},
+                seed=state['seed'],
+                diff_rank_seed=randomness.get('diff_rank_seed', False),
+            )
         restore_rng = partial(set_random_state, process['random'])
-        _restore_tensors(runner.model, process)
-        _build_loader_again(runner, loop, state['seed'])
-        count = state['batches']
         self._epoch_start = runner.iter - count
-        if isinstance(loop, IterBasedTrainLoop):
+        by_epoch = not isinstance(loop, IterBasedTrainLoop)
+        if not by_epoch:
             loop.dataloader_iterator = ResumedIterator(loop, restore_rng)
         elif count:
             _skip_in_epoch(loop, count, restore_rng)
         # The numbers of an epoch that begins are those before its loader does.
         restore_rng()
-        if not state['validated']:
+        if not state['validated'] and not (by_epoch and count):
             # It puts the random numbers back when it ends.
-            _validate_if_due(runner, loop)
-
-    # Positions
+            _validate_if_due(runner, by_epoch)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Note where the next epoch begins."""
@@ -300,45 +273,28 @@ class ExactResumeHook(Hook):
 
 
 def check_state(state: object, checkpoint: dict) -> None:
-    """Check that what :class:`ExactResumeHook` has saved can be restored.
+    """Raise a ValueError if what stands under :data:`KEY` cannot be restored.
 
-    Args:
-        state: What stands under its key.
-        checkpoint: The rest, of which ``meta`` is right.
-
-    Raises:
-        ValueError: If it cannot.
+    ``checkpoint`` is all of the file, of which ``meta`` is right.
     """
     before = get_random_state()
     try:
         seed, batches = state['seed'], state['batches']
-        right = type(seed) is type(batches) is int
-        right = right and 0 <= batches <= checkpoint['meta']['iter']
+        are_numbers = type(seed) is type(batches) is int
+        if not are_numbers or not 0 <= batches <= checkpoint['meta']['iter']:
+            raise ValueError
         for process in state['processes']:
             set_random_state(process['random'])
     except Exception as error:
         raise ValueError(f'{KEY} is damaged: {type(error).__name__}') from error
     finally:
         set_random_state(before)
-    if not right:
-        raise ValueError(f'{KEY} is damaged')
 
 
-def _restore_tensors(model: nn.Module, process: dict) -> None:
-    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    for name, grad in process['grads'].items():
-        # torch wants them in the layout that backward gives them.
-        params[name].grad = torch.empty_like(params[name]).copy_(grad)
-    for name, buffer in process['buffers'].items():
-        buffers[name].copy_(buffer)
-
-
-def _validate_if_due(runner: Runner, loop: BaseLoop) -> None:
+def _validate_if_due(runner: Runner, by_epoch: bool) -> None:
     """Run the validation that the run was stopped in or before."""
-    done, end = runner.iter, runner.max_iters
-    if isinstance(loop, EpochBasedTrainLoop):
-        if runner.iter != runner.epoch * len(loop.dataloader):
-            return
+    loop, done, end = runner.train_loop, runner.iter, runner.max_iters
+    if by_epoch:
         done, end = runner.epoch, runner.max_epochs
     # The loop looks up its interval only when it has trained.
     stage = bisect.bisect(loop.dynamic_milestones, done + 1) - 1

@@ -9,12 +9,10 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import isfinite
-from types import FrameType
 
 import torch
 from mmengine import dist
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
@@ -49,8 +47,8 @@ def average(tensors: Sequence[Tensor]) -> None:
     device = dist.get_comm_device()
     vector = torch.cat([tensor.flatten().to(device) for tensor in tensors])
     dist.all_reduce(vector, 'mean')
-    means = vector.split([tensor.numel() for tensor in tensors])
-    for tensor, mean in zip(tensors, means):
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, mean in zip(tensors, vector.split(sizes)):
         tensor.copy_(mean.view_as(tensor))
 
 
@@ -87,7 +85,7 @@ class StepHook(Hook):
 
 @HOOKS.register_module()
 class FiniteLossHook(StepHook):
-    """Stop the run at the first loss that is NaN or Inf.
+    """Stop the run by a FloatingPointError at the first loss that is NaN or Inf.
 
     The Runner would train on, and save weights that are all NaN. The processes agree
     on it after each step, since with the gradients the weights of all are spoilt. Where
@@ -98,11 +96,8 @@ class FiniteLossHook(StepHook):
     gradients can be NaN where the loss is not, and the next loss would come too late.
     """
 
-    def __init__(self) -> None:
-        self._losses: dict[str, Tensor] = {}
-        # Whether any process has an Inf, and a NaN, once they are shared.
-        self._flags = torch.zeros(2)
-        self._was_infinite = False
+    # Whether any process had an Inf in the iteration before.
+    _was_infinite = False
 
     def numbers(self, runner: Runner, outputs: object) -> list[Tensor]:
         """Return a flag for Inf and one for NaN; above 0 where any process has it."""
@@ -121,17 +116,13 @@ class FiniteLossHook(StepHook):
         return [self._flags]
 
     def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
-        """Look at the terms of the loss.
-
-        Raises:
-            FloatingPointError: If one of them, in any process, is NaN or Inf.
-        """
+        """Look at the terms of the loss."""
         infinite, nan = (self._flags > 0).tolist()
         again, self._was_infinite = self._was_infinite, infinite
         if not infinite and not nan:
             return
-        losses = {name: value.item() for name, value in self._losses.items()}
-        bad = [f'{n} is {value}' for n, value in losses.items() if not isfinite(value)]
+        losses = self._losses.items()
+        bad = [f'{name} is {x.item()}' for name, x in losses if not x.isfinite()]
         message = 'the loss of another process is NaN or Inf'
         if bad:
             images = ', '.join(_image_names(data_batch)) or 'unknown'
@@ -145,18 +136,13 @@ class FiniteLossHook(StepHook):
         print_log(f'step left out in {message}', 'current', logging.WARNING)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Look at the weights, the optimizer and open gradients.
-
-        Raises:
-            FloatingPointError: If there is NaN or Inf in one of them.
-        """
+        """Look at the weights, the optimizer and open gradients."""
         names = list(find_not_finite(checkpoint.get('state_dict', {})))
         names += find_not_finite(checkpoint.get('optimizer', {}), 'optimizer')
         if not _scales(runner):
             # They belong to an accumulation that a resumed run goes on with.
             params = runner.model.named_parameters()
-            grads = {name: param.grad for name, param in params}
-            names += find_not_finite(grads, 'gradient of')
+            names += find_not_finite({n: p.grad for n, p in params}, 'gradient of')
         if names:
             raise FloatingPointError(
                 f'iteration {checkpoint["meta"]["iter"]}: NaN or Inf in '
@@ -209,12 +195,10 @@ class PreemptionHook(StepHook):
     # This hook comes after CheckpointHook, to see what it has saved.
     priority = 'LOWEST'
 
-    def __init__(self) -> None:
-        # Whether this process was asked to stop; above 0 where any was, once shared.
-        self._asked = False
-        self._flag = torch.zeros(1)
+    # Whether this process was asked to stop.
+    _asked = False
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _note(self, signum: int, frame: object) -> None:
         self._asked = True
 
     def before_run(self, runner: Runner) -> None:
@@ -245,11 +229,7 @@ class PreemptionHook(StepHook):
         return [self._flag]
 
     def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
-        """Stop here if any process was asked to.
-
-        Raises:
-            SystemExit: With the code ``PREEMPTED``, after saving.
-        """
+        """Stop here if any process was asked to."""
         self._remove_superseded(runner)
         if self._flag == 0 or self.is_last_train_iter(runner):
             return
@@ -260,11 +240,7 @@ class PreemptionHook(StepHook):
             self._stop(runner, epoch=runner.epoch, iteration=runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Stop before the validation if any process was asked to.
-
-        Raises:
-            SystemExit: With the code ``PREEMPTED``, after saving.
-        """
+        """Stop before the validation if any process was asked to."""
         self._remove_superseded(runner)
         # The saving, which takes long, has given a signal time to come.
         average(self.numbers(runner, None))
@@ -276,14 +252,23 @@ class PreemptionHook(StepHook):
         _give_back()
 
     def _stop(self, runner: Runner, epoch: int, iteration: int) -> None:
-        """Save what has not been saved and leave."""
-        hook, saved = _checkpoint_hook(runner), 'Nothing is saved.'
-        if hook is not None:
+        """Save what has not been saved, beside the files that count, and leave."""
+        hooks, saved = checkpoint_hooks(runner), 'Nothing is saved.'
+        if hooks:
+            hook = hooks[0]
             name = hook.filename_tmpl.format(epoch if hook.by_epoch else iteration)
             regular = hook.last_ckpt == osp.join(hook.out_dir, name)
             # The last checkpoint has the same number until the epoch is over.
             if not regular or (hook.by_epoch and epoch == runner.epoch):
-                self._save(runner, hook, epoch, iteration)
+                path = osp.join(hook.out_dir, f'iter_{iteration}.pth')
+                former = runner.message_hub.get_info(KEY, path)
+                runner.message_hub.update_info(KEY, path)
+                # The process ends after it, so that nothing has to be set back.
+                hook.by_epoch, hook.filename_tmpl = False, 'iter_{}.pth'
+                hook.max_keep_ckpts = -1
+                save_now(hook, runner, epoch, iteration)
+                if former != path:
+                    remove_checkpoint(hook, former)
             saved = f'The last checkpoint is {hook.last_ckpt}.'
         # All wait here, since launchers end the others once a process has left.
         dist.barrier()
@@ -293,33 +278,12 @@ class PreemptionHook(StepHook):
         )
         raise SystemExit(PREEMPTED)
 
-    def _save(
-        self, runner: Runner, hook: CheckpointHook, epoch: int, iteration: int
-    ) -> None:
-        """Have CheckpointHook save, beside the files that it counts."""
-        former = runner.message_hub.runtime_info.get(KEY)
-        path = osp.join(hook.out_dir, f'iter_{iteration}.pth')
-        runner.message_hub.update_info(KEY, path)
-        changes = dict(by_epoch=False, filename_tmpl='iter_{}.pth', max_keep_ckpts=-1)
-        # The process ends after it, so that nothing has to be set back.
-        vars(hook).update(changes)
-        save_now(hook, runner, epoch, iteration)
-        if former not in (None, path) and dist.is_main_process():
-            remove_checkpoint(hook, former)
-
     def _remove_superseded(self, runner: Runner) -> None:
         """Delete the file of an earlier stop once there is a later checkpoint."""
-        info, hook = runner.message_hub.runtime_info, _checkpoint_hook(runner)
+        info, hooks = runner.message_hub.runtime_info, checkpoint_hooks(runner)
         # There is no last checkpoint until the resumed run has saved.
-        if KEY not in info or hook is None or hook.last_ckpt in (None, info[KEY]):
-            return
-        path = info.pop(KEY)
-        if dist.is_main_process():
-            remove_checkpoint(hook, path)
-
-
-def _checkpoint_hook(runner: Runner) -> CheckpointHook | None:
-    return next(iter(checkpoint_hooks(runner)), None)
+        if KEY in info and hooks and hooks[0].last_ckpt not in (None, info[KEY]):
+            remove_checkpoint(hooks[0], info.pop(KEY))
 
 
 # The signals that a hook has taken over in this process, and what they did before.
@@ -331,10 +295,7 @@ def _before_fork() -> None:
     _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _taken)
 
 
-def _after_fork(in_child: bool = False) -> None:
-    """Let no child inherit the handlers: one that is told to end must end."""
-    if in_child:
-        _give_back()
+def _after_fork() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
 
 
@@ -346,11 +307,10 @@ def _give_back() -> None:
 
 # The mask of signals belongs to the thread that forks.
 _fork = threading.local()
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork,
-    after_in_child=partial(_after_fork, in_child=True),
-)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork)
+# No child inherits the handlers: one that is told to end must end.
+os.register_at_fork(after_in_child=_give_back)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _obey_only_parent(init: Callable[[int], None] | None, worker_id: int) -> None:

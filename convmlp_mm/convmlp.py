@@ -125,8 +125,7 @@ class ConvMLPBlock(nn.Module):
         depthwise_conv (bool): Keep the convolution and the norm before it
             (paper Table 2). Defaults to True.
         drop_rate (float): Dropout in the MLPs. Defaults to 0.
-        drop_path_rate (float): Stochastic depth of both MLP branches.
-            Defaults to 0.
+        drop_path_rate (float): Stochastic depth of both MLP branches. Defaults to 0.
         act_cfg (Mapping): Activation in the MLPs. Defaults to GELU.
     """
 
@@ -393,9 +392,8 @@ class ConvMLP(BaseModule):
     3     stages.2    F4               32     C4
     ===== =========== ================ ====== ========
 
-    The output of ``stages.1`` is not in the table: the last stage refines it
-    at the same stride. For a custom architecture of n Conv-MLP stages the rule
-    is the same, so that there is one feature point for each stride.
+    The output of ``stages.1`` is not in the table: the last stage refines it at the
+    same stride. So it is in a custom architecture: one feature point for each stride.
 
     ===== === === === === ======== ========= ==============================
     arch  C1  C2  C3  C4  depths   MLP ratio parameters with 1000 classes
@@ -434,26 +432,23 @@ class ConvMLP(BaseModule):
         drop_rate (float): Dropout in the channel MLPs. Defaults to 0.
         drop_path_rate (float): Stochastic depth, from 0 to this value
             linearly inside each stage. Defaults to 0.1.
-        out_indices (int | Sequence[int]): Which rows of the table above to
-            return, increasing; negative ones count from the last. Modules
-            after the last one asked for are not built. Defaults to
-            (0, 1, 2, 3), for a custom architecture of n stages to give
-            explicitly when n is less than 3.
+        out_indices (int | Sequence[int]): Which rows of the table above to return,
+            increasing; negative ones count from the last. Modules after the last one
+            asked for are not built. Defaults to (0, 1, 2, 3), for a custom architecture
+            of n stages to give explicitly when n is less than 3.
         final_norm (bool): LayerNorm on the last feature point, which
             classifiers want. Defaults to False.
-        frozen_stages (int): Freeze the tokenizer (0), also the conv stage
-            (1), also ``stages[0]`` (2), and so on; -1 freezes nothing.
-            Defaults to -1.
+        frozen_stages (int): Freeze the tokenizer (0), also the conv stage (1), also
+            ``stages[0]`` (2), and so on; -1 freezes nothing. Defaults to -1.
         norm_eval (bool): Keep BN layers in evaluation mode while training.
             Defaults to False.
         with_cp (bool): Gradient checkpointing: recompute the activations of
             each block in backward. Outputs, gradients and BN statistics stay
             the same. Defaults to False.
-        init_cfg (dict | list[dict], optional): Initialisation. The default is
-            the authors': truncated normal (std 0.02) for linear layers,
-            Kaiming normal (fan out) for convolutions.
-            ``dict(type='Pretrained', checkpoint=...)`` is strict: every
-            parameter must be in the file with the right shape. It takes
+        init_cfg (dict | list[dict], optional): Initialisation. The default is the
+            authors': truncated normal (std 0.02) for linear layers, Kaiming normal (fan
+            out) for convolutions. ``dict(type='Pretrained', checkpoint=...)`` is
+            strict: every parameter must be in the file with the right shape. It takes
             ``prefix`` and ``map_location`` as in mmengine.
 
     Attributes:
@@ -481,8 +476,7 @@ class ConvMLP(BaseModule):
         (1, 512, 2, 3) 512 32
     """
 
-    # Paper Table 1, and for conv_blocks and tokenizer_channels the released
-    # model.
+    # Paper Table 1, and for conv_blocks and tokenizer_channels the released model.
     arch_settings = MappingProxyType(
         dict(
             s=dict(
@@ -619,15 +613,7 @@ class ConvMLP(BaseModule):
             stage.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ConvMLP:
-        """Set the mode; frozen stages and ``norm_eval`` stay in force.
-
-        Args:
-            mode (bool): True for training, False for evaluation. Defaults to
-                True.
-
-        Returns:
-            ConvMLP: The module itself.
-        """
+        """Set the mode; frozen stages and ``norm_eval`` stay in force."""
         super().train(mode)
         self._freeze_stages()
         if self.norm_eval:

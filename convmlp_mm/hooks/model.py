@@ -186,10 +186,8 @@ class ChannelsLastHook(Hook):
 
     A convolution of channels-last maps would bring contiguous weights into that layout
     in every forward, and their gradients back: 2.4 MB for each use of a 3x3 convolution
-    of 256 channels, which the head of RetinaNet makes 40 times.
-
-    Necks and heads that have not been shown to compute the same (see
-    :func:`needs_contiguous`) get contiguous maps, as without the hook.
+    of 256 channels, which the head of RetinaNet makes 40 times. A model of which
+    :func:`needs_contiguous` names a part stays as without the hook.
     """
 
     # This hook must run before EMAHook copies the model.

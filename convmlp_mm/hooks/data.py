@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path as osp
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from mmengine.dataset import Compose

@@ -47,34 +47,21 @@ RELU_CFG = MappingProxyType(dict(type='ReLU', inplace=True))
 GELU_CFG = MappingProxyType(dict(type='GELU'))
 
 
-def _to_channels_last(x: Tensor) -> Tensor:
-    """View (B, C, H, W) as (B, H, W, C)."""
-    return x.permute(0, 2, 3, 1)
-
-
-def _to_channels_first(x: Tensor) -> Tensor:
-    """View (B, H, W, C) as (B, C, H, W)."""
-    return x.permute(0, 3, 1, 2)
-
-
 @contextlib.contextmanager
 def _running_stats_kept(module: nn.Module):
     """Let BN normalise by the batch without moving its running statistics."""
     norms = [
-        m
+        (m, m.momentum, m.num_batches_tracked)
         for m in module.modules()
         if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
     ]
-    momenta = [norm.momentum for norm in norms]
-    counts = [norm.num_batches_tracked.clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    for norm, _, count in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _run(module: nn.Module, x: Tensor, with_cp: bool) -> Tensor:
@@ -138,8 +125,7 @@ class ConvMLPBlock(nn.Module):
         depthwise_conv (bool): Keep the convolution and the norm before it
             (paper Table 2). Defaults to True.
         drop_rate (float): Dropout in the MLPs. Defaults to 0.
-        drop_path_rate (float): Stochastic depth of both MLP branches.
-            Defaults to 0.
+        drop_path_rate (float): Stochastic depth of both MLP branches. Defaults to 0.
         act_cfg (Mapping): Activation in the MLPs. Defaults to GELU.
     """
 
@@ -170,8 +156,8 @@ class ConvMLPBlock(nn.Module):
         """Map (B, H, W, channels) to the same shape."""
         x = x + self.drop_path(self.channel_mlp1(self.norm1(x)))
         if self.connect is not None:
-            x = _to_channels_first(self.connect_norm(x))
-            x = _to_channels_last(self.connect(x))
+            x = self.connect_norm(x).permute(0, 3, 1, 2)
+            x = self.connect(x).permute(0, 2, 3, 1)
         return x + self.drop_path(self.channel_mlp2(self.norm2(x)))
 
 
@@ -189,7 +175,7 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C_in) to (B, ceil(H / 2), ceil(W / 2), C_out)."""
-        return _to_channels_last(self.downsample(_to_channels_first(x)))
+        return self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PatchMerging(nn.Module):
@@ -227,15 +213,9 @@ def _conv_norm_act(
     stride: int = 1,
 ) -> list[nn.Module]:
     """Three layers, not a ConvModule: the published keys count them singly."""
+    padding = kernel_size // 2
     return [
-        nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=kernel_size // 2,
-            bias=False,
-        ),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False),
         build_norm_layer(dict(norm_cfg), out_channels)[1],
         build_activation_layer(dict(act_cfg)),
     ]
@@ -372,12 +352,12 @@ class ConvMLPStage(nn.Module):
         Both are views of channels-last memory; without down-sampling the
         shape stays.
         """
-        x = _to_channels_last(x)
+        x = x.permute(0, 2, 3, 1)
         for block in self.blocks:
             x = _run(block, x, self.with_cp)
         if self.downsample_mlp is not None:
             x = self.downsample_mlp(x)
-        return _to_channels_first(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class FeaturePoint(NamedTuple):
@@ -412,9 +392,8 @@ class ConvMLP(BaseModule):
     3     stages.2    F4               32     C4
     ===== =========== ================ ====== ========
 
-    The output of ``stages.1`` is not in the table: the last stage refines it
-    at the same stride. For a custom architecture of n Conv-MLP stages the rule
-    is the same, so that there is one feature point for each stride.
+    The output of ``stages.1`` is not in the table: the last stage refines it at the
+    same stride. So it is in a custom architecture: one feature point for each stride.
 
     ===== === === === === ======== ========= ==============================
     arch  C1  C2  C3  C4  depths   MLP ratio parameters with 1000 classes
@@ -453,26 +432,23 @@ class ConvMLP(BaseModule):
         drop_rate (float): Dropout in the channel MLPs. Defaults to 0.
         drop_path_rate (float): Stochastic depth, from 0 to this value
             linearly inside each stage. Defaults to 0.1.
-        out_indices (int | Sequence[int]): Which rows of the table above to
-            return, increasing; negative ones count from the last. Modules
-            after the last one asked for are not built. Defaults to
-            (0, 1, 2, 3), for a custom architecture of n stages to give
-            explicitly when n is less than 3.
+        out_indices (int | Sequence[int]): Which rows of the table above to return,
+            increasing; negative ones count from the last. Modules after the last one
+            asked for are not built. Defaults to (0, 1, 2, 3), for a custom architecture
+            of n stages to give explicitly when n is less than 3.
         final_norm (bool): LayerNorm on the last feature point, which
             classifiers want. Defaults to False.
-        frozen_stages (int): Freeze the tokenizer (0), also the conv stage
-            (1), also ``stages[0]`` (2), and so on; -1 freezes nothing.
-            Defaults to -1.
+        frozen_stages (int): Freeze the tokenizer (0), also the conv stage (1), also
+            ``stages[0]`` (2), and so on; -1 freezes nothing. Defaults to -1.
         norm_eval (bool): Keep BN layers in evaluation mode while training.
             Defaults to False.
         with_cp (bool): Gradient checkpointing: recompute the activations of
             each block in backward. Outputs, gradients and BN statistics stay
             the same. Defaults to False.
-        init_cfg (dict | list[dict], optional): Initialisation. The default is
-            the authors': truncated normal (std 0.02) for linear layers,
-            Kaiming normal (fan out) for convolutions.
-            ``dict(type='Pretrained', checkpoint=...)`` is strict: every
-            parameter must be in the file with the right shape. It takes
+        init_cfg (dict | list[dict], optional): Initialisation. The default is the
+            authors': truncated normal (std 0.02) for linear layers, Kaiming normal (fan
+            out) for convolutions. ``dict(type='Pretrained', checkpoint=...)`` is
+            strict: every parameter must be in the file with the right shape. It takes
             ``prefix`` and ``map_location`` as in mmengine.
 
     Attributes:
@@ -500,8 +476,7 @@ class ConvMLP(BaseModule):
         (1, 512, 2, 3) 512 32
     """
 
-    # Paper Table 1, and for conv_blocks and tokenizer_channels the released
-    # model.
+    # Paper Table 1, and for conv_blocks and tokenizer_channels the released model.
     arch_settings = MappingProxyType(
         dict(
             s=dict(
@@ -570,10 +545,8 @@ class ConvMLP(BaseModule):
         self.strides = tuple(p.stride for p in points)
         self._out_names = tuple(p.name for p in points)
 
-        num_modules = len(channels) + 2
-        self.frozen_stages = _check_int(
-            'frozen_stages', frozen_stages, -1, num_modules - 1
-        )
+        deepest = len(channels) + 1
+        self.frozen_stages = _check_int('frozen_stages', frozen_stages, -1, deepest)
         self.norm_eval = norm_eval
         self.with_cp = with_cp
         last = self._out_names[-1]
@@ -640,15 +613,7 @@ class ConvMLP(BaseModule):
             stage.requires_grad_(False)
 
     def train(self, mode: bool = True) -> ConvMLP:
-        """Set the mode; frozen stages and ``norm_eval`` stay in force.
-
-        Args:
-            mode (bool): True for training, False for evaluation. Defaults to
-                True.
-
-        Returns:
-            ConvMLP: The module itself.
-        """
+        """Set the mode; frozen stages and ``norm_eval`` stay in force."""
         super().train(mode)
         self._freeze_stages()
         if self.norm_eval:
@@ -759,9 +724,8 @@ class ConvMLP(BaseModule):
         self._check_input(x)
         # Operators of mmcv such as RoIAlign read raw memory and take every map for
         # contiguous, so that the layout used in here must not leave unasked for.
-        channels_last = x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.contiguous_format
-        if channels_last and not x.is_contiguous():
+        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
@@ -770,7 +734,7 @@ class ConvMLP(BaseModule):
             if name in self._out_names:
                 outs.append(x)
         if self.norm is not None:
-            outs[-1] = _to_channels_first(self.norm(_to_channels_last(x)))
+            outs[-1] = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return tuple(out.contiguous(memory_format=layout) for out in outs)
 
     def _check_input(self, x: Tensor) -> None:
@@ -796,15 +760,12 @@ def _feature_points(
     tokenizer_channels: int, channels: Sequence[int]
 ) -> tuple[FeaturePoint, ...]:
     """The deepest output at each stride, stride 4 first."""
-    points = [FeaturePoint('tokenizer', tokenizer_channels, 4)]
-    names = ['conv_stages'] + [f'stages.{i}' for i in range(len(channels) - 1)]
-    points += [
-        FeaturePoint(name, width, 8 * 2**i)
-        for i, (name, width) in enumerate(zip(names, channels))
-    ]
+    names = ['tokenizer', 'conv_stages']
+    names += [f'stages.{i}' for i in range(len(channels) - 1)]
     # The last stage has no stride: its output replaces its own input.
-    points[-1] = points[-1]._replace(name=f'stages.{len(channels) - 1}')
-    return tuple(points)
+    names[-1] = f'stages.{len(channels) - 1}'
+    widths = enumerate((tokenizer_channels, *channels))
+    return tuple(FeaturePoint(names[i], width, 4 * 2**i) for i, width in widths)
 
 
 def _check_int(name: str, value: int, low: int, high: int | None = None) -> int:
@@ -816,9 +777,13 @@ def _check_int(name: str, value: int, low: int, high: int | None = None) -> int:
     return value
 
 
-def _check_rate(name: str, value: float) -> None:
+def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f'{name} must be a number, but got {value!r}')
+
+
+def _check_rate(name: str, value: float) -> None:
+    _check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f'{name} must be in [0, 1), but got {value}')
 
@@ -863,8 +828,7 @@ def _check_arch(arch: str | dict, settings: Mapping[str, dict]) -> dict:
         _check_int(f"arch['channels'][{i}]", arch['channels'][i], 1)
         _check_int(f"arch['depths'][{i}]", arch['depths'][i], 1)
         ratio = arch['mlp_ratios'][i]
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-            raise TypeError(f"arch['mlp_ratios'][{i}] must be a number, got {ratio!r}")
+        _check_number(f"arch['mlp_ratios'][{i}]", ratio)
         if int(arch['channels'][i] * ratio) < 1:
             raise ValueError(
                 f"arch['mlp_ratios'][{i}] must leave a hidden width of at least 1, "

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from ..checkpoint import some_of
 from ._mmengine import accumulative_counts, is_resumed, load_from
 
-__all__ = ['AgreementHook', 'steps_of']
+__all__ = ['AgreementHook']
 
 # The key in the meta of a checkpoint for what its states do not say.
 KEY = 'recipe'
@@ -47,11 +47,7 @@ class AgreementHook(Hook):
         checkpoint['meta'][KEY] = _note(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare a checkpoint that is resumed with the configuration.
-
-        Raises:
-            ValueError: If they differ.
-        """
+        """Raise a ValueError if a checkpoint that is resumed has another recipe."""
         if not is_resumed(runner):
             return
         before, now = (checkpoint.get('meta') or {}).get(KEY) or {}, _note(runner)
@@ -81,11 +77,7 @@ class AgreementHook(Hook):
             )
 
     def before_train(self, runner: Runner) -> None:
-        """Compare the processes, and let early stopping count on.
-
-        Raises:
-            RuntimeError: If the processes disagree.
-        """
+        """Raise a RuntimeError if processes disagree; let early stopping count on."""
         if get_world_size() > 1:
             _compare_processes(runner)
         if not is_resumed(runner):
@@ -97,23 +89,14 @@ class AgreementHook(Hook):
                     hook.after_val_epoch(runner, {hook.monitor: float(value)})
 
 
-def steps_of(runner: Runner) -> dict[str, int]:
-    """Return the numbers that the size of an optimizer step follows from."""
-    loader = runner.train_dataloader
-    sizes = (getattr(s, 'batch_size', None) for s in (loader, loader.batch_sampler))
-    return dict(
-        processes=get_world_size(),
-        batch_size=next(filter(None, sizes), 1),
-        accumulative_counts=accumulative_counts(runner),
-    )
-
-
 def _note(runner: Runner) -> dict[str, object]:
     """Return what a resumed run must have as before, and no state says."""
-    dataset, wrapper = runner.train_dataloader.dataset, runner.optim_wrapper
-    schedulers = _listed(runner.param_schedulers)
+    loader, wrapper = runner.train_dataloader, runner.optim_wrapper
+    schedulers, dataset = _listed(runner.param_schedulers), loader.dataset
     return dict(
-        **steps_of(runner),
+        processes=get_world_size(),
+        batch_size=getattr(loader.batch_sampler, 'batch_size', 1),
+        accumulative_counts=accumulative_counts(runner),
         training_samples=len(dataset) if hasattr(dataset, '__len__') else None,
         optimizer=type(getattr(wrapper, 'optimizer', wrapper)).__name__,
         param_scheduler=[type(scheduler).__name__ for scheduler in schedulers],
@@ -121,29 +104,20 @@ def _note(runner: Runner) -> dict[str, object]:
 
 
 def _compare_processes(runner: Runner) -> None:
-    place = (
-        f'epoch {runner.epoch}, iteration {runner.iter}, '
-        f'weights {_checksum(runner.model):08x}'
-    )
+    checksum = 0
+    for param in runner.model.parameters():
+        content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(content.numpy(), checksum)
+    place = f'epoch {runner.epoch}, iteration {runner.iter}, weights {checksum:08x}'
     ranks = defaultdict(list)
     for rank, other in enumerate(all_gather_object(place)):
         ranks[other].append(str(rank))
-    if len(ranks) == 1:
-        return
-    found = '; '.join(f'rank {", ".join(r)}: {other}' for other, r in ranks.items())
-    raise RuntimeError(
-        f'the processes do not start from the same checkpoint ({found}): let all '
-        'machines see the same work dir and load_from'
-    )
-
-
-def _checksum(model: torch.nn.Module) -> int:
-    """Return the CRC-32 of the weights."""
-    checksum = 0
-    for param in model.parameters():
-        content = param.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        checksum = zlib.crc32(content.numpy(), checksum)
-    return checksum
+    if len(ranks) > 1:
+        found = '; '.join(f'rank {", ".join(r)}: {other}' for other, r in ranks.items())
+        raise RuntimeError(
+            f'the processes do not start from the same checkpoint ({found}): let all '
+            'machines see the same work dir and load_from'
+        )
 
 
 def _listed(schedulers: object) -> list:

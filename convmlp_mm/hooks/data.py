@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path as osp
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from mmengine.dataset import Compose
@@ -64,46 +64,40 @@ class CheckDataHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check what trains, and what will validate, before an epoch is spent."""
-        _check(runner.model, runner.train_dataloader.dataset, 'train')
+        _check(runner, 'train')
         if runner.val_loop is not None:
             self.before_val(runner)
 
     def before_val(self, runner: Runner) -> None:
         """Check what validates."""
-        _check(runner.model, runner.val_dataloader.dataset, 'val')
+        _check(runner, 'val')
 
     def before_test(self, runner: Runner) -> None:
         """Check what tests."""
-        _check(runner.model, runner.test_dataloader.dataset, 'test')
+        _check(runner, 'test')
 
 
-def _check(model: nn.Module, dataset: object, split: str) -> None:
-    model = unwrap_model(model)
+def _check(runner: Runner, split: str) -> None:
+    name, model = f'{split}_dataloader', unwrap_model(runner.model)
     check_neck(model)
-    for key, leaf in walk_datasets(dataset, f'{split}_dataloader.dataset'):
-        classes = _classes(leaf, key)
+    for key, leaf in walk_datasets(getattr(runner, name).dataset, f'{name}.dataset'):
+        # An endless sampler would look for the first image for ever.
+        if hasattr(leaf, '__len__') and not len(leaf):
+            raise ValueError(f'{key} ({type(leaf).__name__}) has no images')
+        classes = (getattr(leaf, 'metainfo', None) or {}).get('classes') or []
+        # mmdet drops the objects of a class that it does not find by its name.
+        found = getattr(leaf, 'cat_ids', classes)
+        if len(found) < len(classes):
+            raise ValueError(
+                f'{key} has {len(classes)} names in metainfo.classes, but its '
+                f'annotation file has only {len(found)} categories with such a name'
+            )
         check_heads(model, classes, leaf, key)
         pipeline = getattr(leaf, 'pipeline', None)
         # A model may be validated more than once.
         if isinstance(pipeline, Compose) and not isinstance(pipeline, WatchedPipeline):
             ignored = getattr(leaf, 'ignore_index', 255)
             leaf.pipeline = WatchedPipeline(pipeline.transforms, len(classes), ignored)
-
-
-def _classes(dataset: object, key: str) -> list[str]:
-    """Return the names of the classes, an empty list if there are none."""
-    # An endless sampler would look for the first image for ever.
-    if hasattr(dataset, '__len__') and not len(dataset):
-        raise ValueError(f'{key} ({type(dataset).__name__}) has no images')
-    classes = list((getattr(dataset, 'metainfo', None) or {}).get('classes') or [])
-    # mmdet drops the objects of a class that it does not find by its name.
-    found = getattr(dataset, 'cat_ids', classes)
-    if len(found) < len(classes):
-        raise ValueError(
-            f'{key} has {len(classes)} names in metainfo.classes, but its annotation '
-            f'file has only {len(found)} categories with such a name'
-        )
-    return classes
 
 
 def check_neck(model: nn.Module) -> None:
@@ -152,31 +146,27 @@ class WatchedPipeline(Compose):
     def __call__(self, results: dict) -> dict | None:
         """Run the transforms, until one returns None."""
         for transform in self.transforms:
-            results = self._run(transform, results)
+            kinds = {kind.__name__ for kind in type(transform).__mro__}
+            loads_image = 'LoadImageFromFile' in kinds
+            loads_labels = 'LoadAnnotations' in kinds
+            # Transforms change the results.
+            source = _describe(results)
+            path = results.get('img_path' if loads_image else 'seg_map_path')
+            try:
+                results = transform(results)
+            except Exception as error:
+                loads = loads_image or loads_labels
+                what = 'loaded' if loads else 'used'
+                raise ValueError(
+                    f'{source} cannot be {what} ({type(transform).__name__}): '
+                    f'{_explain(error, path if loads else None)}'
+                ) from error
             if results is None:
                 return None
-        return results
-
-    def _run(self, transform: Callable, results: dict) -> dict | None:
-        kinds = {kind.__name__ for kind in type(transform).__mro__}
-        loads_image = 'LoadImageFromFile' in kinds
-        loads_labels = 'LoadAnnotations' in kinds
-        # Transforms change the results.
-        source = _describe(results)
-        path = results.get('img_path' if loads_image else 'seg_map_path')
-        try:
-            results = transform(results)
-        except Exception as error:
-            loads = loads_image or loads_labels
-            reason = _explain(error, path if loads else None)
-            what, name = 'loaded' if loads else 'used', type(transform).__name__
-            raise ValueError(f'{source} cannot be {what} ({name}): {reason}') from error
-        if results is None:
-            return None
-        if loads_image:
-            _check_image(results, self.num_classes)
-        if loads_labels and 'gt_seg_map' in results:
-            _check_label_map(results, self.num_classes, self.ignored)
+            if loads_image:
+                _check_image(results, self.num_classes)
+            if loads_labels and 'gt_seg_map' in results:
+                _check_label_map(results, self.num_classes, self.ignored)
         return results
 
 
@@ -224,9 +214,7 @@ def _check_image(results: dict, num_classes: int) -> None:
 def _check_whole(path: str) -> None:
     """Let Pillow, which is exact, judge the few files with an unusual end."""
     with open(path, 'rb') as file:
-        end = ENDS.get(file.read(2))
-        if end is None:
-            return
+        end = ENDS.get(file.read(2), b'')
         file.seek(max(0, osp.getsize(path) - len(end)))
         if file.read() == end:
             return

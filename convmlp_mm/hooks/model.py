@@ -67,11 +67,7 @@ class CheckWeightsHook(Hook):
     priority = 'VERY_HIGH'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Change the checkpoint in place.
-
-        Raises:
-            ValueError: If it does not fit the model or cannot be resumed from.
-        """
+        """Change the checkpoint in place; raise a CheckpointError if it is unfit."""
         # mmengine, too, takes what is noted in the work dir if nothing is named.
         name = load_from(runner) or named_checkpoint(runner.work_dir) or ''
         model = unwrap_model(runner.model)
@@ -82,8 +78,9 @@ class CheckWeightsHook(Hook):
             try:
                 check_resumable(checkpoint)
             except ValueError as error:
-                message = f'checkpoint {name!r} cannot be resumed: {error}'
-                raise CheckpointError(message) from error
+                raise CheckpointError(
+                    f'checkpoint {name!r} cannot be resumed: {error}'
+                ) from error
             # EMAHook has saved the average as the one, and the model as the other.
             for key in ('state_dict', 'ema_state_dict'):
                 if key in checkpoint:
@@ -189,10 +186,8 @@ class ChannelsLastHook(Hook):
 
     A convolution of channels-last maps would bring contiguous weights into that layout
     in every forward, and their gradients back: 2.4 MB for each use of a 3x3 convolution
-    of 256 channels, which the head of RetinaNet makes 40 times.
-
-    Necks and heads that have not been shown to compute the same (see
-    :func:`needs_contiguous`) get contiguous maps, as without the hook.
+    of 256 channels, which the head of RetinaNet makes 40 times. A model of which
+    :func:`needs_contiguous` names a part stays as without the hook.
     """
 
     # This hook must run before EMAHook copies the model.
@@ -204,15 +199,12 @@ class ChannelsLastHook(Hook):
         inner = unwrap_model(model)
         if not isinstance(getattr(inner, 'backbone', None), ConvMLP):
             return
-        part = needs_contiguous(inner)
-        if part:
-            runner.logger.info(
-                f'{part} gets contiguous maps: it has not been shown to compute the '
-                'same from channels-last ones.'
-            )
-            return
         layouts = [p.stride() for p in inner.parameters()]
-        use_channels_last(inner)
+        if not use_channels_last(inner):
+            runner.logger.info(
+                f'{needs_contiguous(inner)} gets contiguous maps: it has not been '
+                'shown to compute the same from channels-last ones.'
+            )
         # DDP has made its buckets with the strides of the old layout, and would give
         # wrong gradients of every changed weight: in the first step, and with
         # find_unused_parameters in all. It is made again, around the same parameters;

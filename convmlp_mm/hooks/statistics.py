@@ -147,8 +147,8 @@ class SummaryHook(Hook):
 def read_curves(work_dir: str) -> list[Curves]:
     """Read what the runs in a work dir have logged.
 
-    Where one goes back to an earlier step than the one before has come to, its values
-    count.
+    Where one goes back to an earlier step than the one before has come to, what it
+    logs takes the place of all values from there on.
 
     Args:
         work_dir: With ``TIMESTAMP/vis_data/scalars.json`` of each run.
@@ -160,7 +160,6 @@ def read_curves(work_dir: str) -> list[Curves]:
     trained, validated = defaultdict(dict), defaultdict(dict)
     pattern = osp.join(glob.escape(work_dir), '*', 'vis_data', 'scalars.json')
     for path in sorted(glob.glob(pattern)):
-        fresh = {True, False}
         with open(path, encoding='utf-8') as file:
             for line in file:
                 try:
@@ -169,15 +168,13 @@ def read_curves(work_dir: str) -> list[Curves]:
                 # A run that was killed may have left half a line.
                 except (ValueError, KeyError, AttributeError):
                     continue
-                is_training = 'iter' in values
-                curves = trained if is_training else validated
-                if is_training in fresh:
-                    fresh.remove(is_training)
-                    for name, curve in curves.items():
-                        curves[name] = {s: v for s, v in curve.items() if s < step}
+                curves = trained if 'iter' in values else validated
                 for name, value in values.items():
+                    curve = curves[name]
+                    while curve and next(reversed(curve)) >= step:
+                        curve.popitem()
                     if isinstance(value, (int, float)) and math.isfinite(value):
-                        curves[name][step] = value
+                        curve[step] = value
     return [{n: c for n, c in curves.items() if c} for curves in (trained, validated)]
 
 

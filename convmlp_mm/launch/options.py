@@ -12,13 +12,6 @@ from mmengine.config import Config, DictAction
 from ..zoo import WORKER_KEYS, map_config, map_leaves, read_config, without_tilde
 from .checks import check_gpus, is_first_process
 
-__all__ = [
-    'add_cfg_options',
-    'add_common_arguments',
-    'load_config',
-    'merge_options',
-]
-
 SPLITS = ('train', 'val', 'test')
 
 
@@ -127,30 +120,21 @@ def merge_options(cfg: Config, options: dict) -> None:
     ``data_root`` and ``num_classes`` reach the places that they were copied to.
     """
     options = map_leaves(without_tilde, dict(options))
-    if 'data_root' in options and cfg.get('data_root'):
-        _move_data_root(cfg, cfg.data_root, options['data_root'])
-    if 'num_classes' in options and cfg.get('num_classes'):
-        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
-    cfg.merge_from_dict(options)
-
-
-def _move_data_root(cfg: Config, old: str, new: str) -> None:
-    """Put ``new`` for a leading ``old`` in the paths of data sets and metrics."""
-    root = old if old.endswith('/') else old + '/'
+    old, classes = cfg.get('data_root'), cfg.get('num_classes')
 
     def moved(key, value):
+        root = osp.join(old, '')
         if isinstance(value, str) and (value == old or value.startswith(root)):
-            return osp.join(new, value[len(root) :])
+            return osp.join(options['data_root'], value[len(root) :])
         return value
 
-    parts = ('dataloader', 'evaluator')
-    map_config(cfg, [f'{s}_{p}' for s in SPLITS for p in parts], moved)
+    def counted(key, value):
+        is_number = key == 'num_classes' and value == classes
+        return options['num_classes'] if is_number else value
 
-
-def _set_num_classes(cfg: Config, old: int, new: int) -> None:
-    """Put ``new`` for ``old`` wherever the model states ``num_classes``."""
-
-    def changed(key, value):
-        return new if key == 'num_classes' and value == old else value
-
-    map_config(cfg, ('model', 'data_preprocessor'), changed)
+    if 'data_root' in options and old:
+        parts = ('dataloader', 'evaluator')
+        map_config(cfg, [f'{s}_{p}' for s in SPLITS for p in parts], moved)
+    if 'num_classes' in options and classes:
+        map_config(cfg, ('model', 'data_preprocessor'), counted)
+    cfg.merge_from_dict(options)

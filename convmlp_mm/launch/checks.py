@@ -102,10 +102,9 @@ def check_optimizer(cfg: Config) -> None:
     """Raise a KeyError for an unknown optimizer, which mmengine calls None."""
     kind = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
     with OPTIMIZERS.switch_scope_and_registry(None) as registry:
-        if isinstance(kind, str) and registry.get(kind) is None:
-            raise KeyError(
-                f'optim_wrapper.optimizer.type {kind!r} is not in the registry'
-            )
+        is_known = not isinstance(kind, str) or kind in registry
+    if not is_known:
+        raise KeyError(f'optim_wrapper.optimizer.type {kind!r} is not in the registry')
 
 
 def _name_of(section: ConfigDict) -> str:
@@ -320,7 +319,5 @@ def check_gpus() -> None:
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and processes > gpus:
         visible = os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')
-        raise ValueError(
-            f'{processes} processes need as many GPUs, but {gpus} are visible '
-            f'(CUDA_VISIBLE_DEVICES is {visible})'
-        )
+        what = f'{processes} processes need as many GPUs, but {gpus} are visible'
+        raise ValueError(f'{what} (CUDA_VISIBLE_DEVICES is {visible})')

@@ -10,7 +10,7 @@ import sys
 from mmengine.config import Config, DictAction
 
 from ..zoo import WORKER_KEYS, map_config, map_leaves, read_config, without_tilde
-from .checks import check_gpus, is_first_process
+from .checks import RANK, check_gpus, is_first_process
 
 SPLITS = ('train', 'val', 'test')
 
@@ -41,29 +41,22 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share, named as in mmdet."""
-    parser.add_argument(
-        '--work-dir',
-        type=osp.expanduser,
-        help='folder for logs and checkpoints; by default work_dir of the '
-        'configuration, else work_dirs/ and the name of the configuration',
+    add = parser.add_argument
+    text = (
+        'folder for logs and checkpoints; by default work_dir of the configuration, '
+        'else work_dirs/ and the name of the configuration'
     )
+    add('--work-dir', type=osp.expanduser, help=text)
     add_cfg_options(parser)
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what has started this process among others',
+    text = 'what has started this process among others'
+    add('--launcher', choices=['none', *RANK], default='none', help=text)
+    text = (
+        'only check that the configuration and the data are there; the launchers do so '
+        'before they start any process'
     )
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='only check that the configuration and the data are there; the '
-        'launchers do so before they start any process',
-    )
+    add('--check', action='store_true', help=text)
     # torch.distributed.launch passes it; torchrun sets the variable itself.
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
-    )
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -87,11 +80,9 @@ def load_config(args: argparse.Namespace) -> Config:
         # These would train beside the hooks that make runs whole and exact.
         raise ValueError('the tools train with DDP only, without strategy')
     cfg.launcher = args.launcher
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        name = osp.splitext(osp.basename(args.config))[0]
-        cfg.work_dir = osp.join('work_dirs', name)
+    name = osp.splitext(osp.basename(args.config))[0]
+    default = osp.join('work_dirs', name)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default
     for loader in (cfg.get(f'{split}_dataloader') or {} for split in SPLITS):
         # torch refuses these options of workers where there are none.
         for key in WORKER_KEYS if not loader.get('num_workers') else ():
@@ -105,13 +96,10 @@ def _name_dropped_hooks(cfg: Config) -> None:
     """Tell what a configuration that replaces ``custom_hooks`` does not run."""
     kept = {str(hook.get('type')) for hook in cfg.get('custom_hooks') or []}
     wanted = [hook['type'] for hook in cfg.get('runtime_hooks') or []]
-    dropped = [kind for kind in wanted if kind not in kept]
+    dropped = ', '.join(kind for kind in wanted if kind not in kept)
     if dropped:
-        print(
-            f'custom_hooks of the configuration leaves out {", ".join(dropped)}; '
-            '[*_base_.custom_hooks, ...] adds to them',
-            file=sys.stderr,
-        )
+        text = f'custom_hooks of the configuration leaves out {dropped}'
+        print(f'{text}; [*_base_.custom_hooks, ...] adds to them', file=sys.stderr)
 
 
 def merge_options(cfg: Config, options: dict) -> None:

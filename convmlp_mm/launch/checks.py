@@ -114,10 +114,8 @@ def _name_of(section: ConfigDict) -> str:
 
 
 def _paths_of(part: ConfigDict) -> dict[str, str]:
-    """Return the files and folders that a data set or metric reads, by their keys.
-
-    Only those that are here: of others, only the run can tell.
-    """
+    """Return the files and folders here that data or a metric reads, by their keys."""
+    # Of others, only the run can tell.
     backend = (part.get('backend_args') or {}).get('backend', 'local')
     if backend != 'local' or _name_of(part) in DOWNLOADED:
         return {}

@@ -5,39 +5,27 @@ set -euo pipefail
 # With it, cd may go elsewhere, and says where.
 unset CDPATH
 tools=$(cd "$(dirname "$0")" && pwd)
-script=$1
-n=$2
+script=$1 n=$2
 shift 2
 
 fail() {
     echo "dist_run.sh: error: $1" >&2
     exit 2
 }
-if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then
+[[ $n =~ ^[1-9][0-9]*$ ]] ||
     fail "the number of processes must be 1 or more, but got '$n'"
-fi
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} PORT=${PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 for name in NNODES NODE_RANK PORT MAX_RESTARTS; do
-    if ! [[ ${!name} =~ ^[0-9]{1,9}$ ]]; then
-        fail "$name must be a number, but is '${!name}'"
-    fi
+    [[ ${!name} =~ ^[0-9]{1,9}$ ]] || fail "$name must be a number, but is '${!name}'"
     # A number that begins with 0 is not octal.
     printf -v "$name" %d "$((10#${!name}))"
 done
-if ((PORT < 1 || PORT > 65535)); then
-    fail "PORT must be from 1 to 65535, but is $PORT"
-fi
-if ((NODE_RANK >= NNODES)); then
+((PORT >= 1 && PORT <= 65535)) || fail "PORT must be from 1 to 65535, but is $PORT"
+((NODE_RANK < NNODES)) ||
     fail "NODE_RANK must be below NNODES, which is $NNODES, but is $NODE_RANK"
-fi
-if ((NNODES > 1)) && [ -z "${MASTER_ADDR:-}" ]; then
+((NNODES == 1)) || [ -n "${MASTER_ADDR:-}" ] ||
     fail 'MASTER_ADDR must be an address of the machine with NODE_RANK 0'
-fi
-# A test has nothing to go on from.
-if [ "$script" != train.py ]; then
-    MAX_RESTARTS=0
-fi
 
 export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -60,10 +48,8 @@ if ((NNODES > 1)); then
             'all machines' >&2
     fi
     rendezvous=(
-        --rdzv_backend c10d
-        --rdzv_endpoint "$MASTER_ADDR:$PORT"
-        --rdzv_id "${RDZV_ID:-convmlp_mm}"
-        --rdzv_conf "is_host=$((NODE_RANK == 0))"
+        --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$PORT"
+        --rdzv_id "${RDZV_ID:-convmlp_mm}" --rdzv_conf "is_host=$((NODE_RANK == 0))"
     )
 fi
 # What the first attempt has left in a store makes the second look for processes that
@@ -73,11 +59,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Of a checkout, or of an installed package, which has its tools in .mim.
 elastic=$tools/../convmlp_mm/launch/elastic.py
 [ -f "$elastic" ] || elastic=$tools/../../launch/elastic.py
-exec python "$elastic" \
-    --nnodes "$NNODES" \
-    --node_rank "$NODE_RANK" \
-    "${rendezvous[@]}" \
-    --nproc_per_node "$n" \
-    --max_restarts "$MAX_RESTARTS" \
-    --monitor_interval 1 \
+exec python "$elastic" "${rendezvous[@]}" \
+    --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$n" \
+    --max_restarts "$MAX_RESTARTS" --monitor_interval 1 \
     "$tools/$script" "$@" --launcher pytorch

@@ -46,9 +46,7 @@ if [ -n "${BATCH:-}" ] && [ -z "${SLURM_JOB_ID:-}" ]; then
     done
     exec sbatch "${resources[@]}" --requeue --open-mode=append --signal=TERM@120 \
         "${srun_args[@]}" --wrap "$command"
-fi
-
-if [ -n "${BATCH:-}" ]; then
+elif [ -n "${BATCH:-}" ]; then
     # Queued again, by whatever, it goes on from what it has saved, else from a --resume
     # CHECKPOINT among the options.
     export CONVMLP_MM_ATTEMPT=${SLURM_RESTART_COUNT:-0}

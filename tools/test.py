@@ -15,13 +15,6 @@ from mmengine.evaluator import DumpResults
 from convmlp_mm import launch
 from convmlp_mm.zoo import give_visualizer
 
-# The options that make each hook draw into a folder.
-HOOKS = dict(
-    VisualizationHook=('enable', 'out_dir'),
-    DetVisualizationHook=('draw', 'test_out_dir'),
-    SegVisualizationHook=('draw', None),
-)
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -43,17 +36,17 @@ def draw_to(cfg: Config, folder: str) -> None:
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     kind = hook and getattr(hook.type, '__name__', hook.type).rpartition('.')[2]
     give_visualizer(cfg)
-    if kind not in HOOKS:
+    if kind == 'VisualizationHook':
+        hook.enable, hook.out_dir = True, folder
+    elif kind == 'DetVisualizationHook':
+        hook.draw, hook.test_out_dir = True, folder
+    elif kind == 'SegVisualizationHook':
+        hook.draw, cfg.visualizer.save_dir = True, folder
+    else:
         raise ValueError(
             '--show-dir needs default_hooks.visualization to be the hook of '
             f'mmdet, mmseg or mmpretrain, but the configuration has {kind}'
         )
-    switch, option = HOOKS[kind]
-    hook[switch] = True
-    if option:
-        hook[option] = folder
-    else:
-        cfg.visualizer.save_dir = folder
 
 
 def prepare(args: argparse.Namespace) -> Config:

@@ -11,7 +11,7 @@ import os.path as osp
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.device import get_device
 
 from convmlp_mm import launch
@@ -34,46 +34,33 @@ def parse_args() -> argparse.Namespace:
         'says; on a CPU that computes in it, bfloat16'
     )
     add('--amp', action='store_true', help=text)
-    text = (
-        'scale the learning rate by the batch size in use over '
-        'auto_scale_lr.base_batch_size'
-    )
+    text = 'scale the learning rate by batch size over auto_scale_lr.base_batch_size'
     add('--auto-scale-lr', action='store_true', help=text)
     launch.add_common_arguments(parser)
     return parser.parse_args()
-
-
-def choose_bfloat16(wrapper: ConfigDict) -> None:
-    """Set the only mixed precision of a CPU where it is faster than float32."""
-    if has_bfloat16():
-        wrapper.setdefault('dtype', 'bfloat16')
-    if wrapper.get('dtype') != 'bfloat16':
-        raise ValueError(
-            '--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is '
-            f'{wrapper.get("dtype")}; bfloat16 is slow where the processor has it not'
-        )
 
 
 def prepare(args: argparse.Namespace) -> Config:
     """Merge the options of training into the configuration and check them."""
     cfg = launch.load_config(args)
     if args.amp:
-        if get_device() == 'cpu':
-            choose_bfloat16(cfg.optim_wrapper)
-        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        wrapper, on_cpu = cfg.optim_wrapper, get_device() == 'cpu'
+        if on_cpu and has_bfloat16():
+            wrapper.setdefault('dtype', 'bfloat16')
+        dtype = wrapper.get('dtype')
+        if on_cpu and dtype != 'bfloat16':
             raise ValueError(
-                '--amp replaces an optim_wrapper of type OptimWrapper, but the '
-                f'configuration has {kind}'
+                '--amp on the CPU trains in bfloat16, but optim_wrapper.dtype is '
+                f'{dtype}; bfloat16 is slow where the processor has it not'
             )
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        kind = wrapper.get('type', 'OptimWrapper')
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+            raise ValueError(f'--amp needs optim_wrapper.type=OptimWrapper, not {kind}')
+        wrapper.type = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise KeyError(
-                '--auto-scale-lr needs auto_scale_lr.base_batch_size in the '
-                'configuration, which has none'
-            )
+            raise KeyError('--auto-scale-lr needs auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
     return cfg
 

@@ -7,9 +7,14 @@ from every process.
 
 # ruff: noqa: F401
 from .checks import check_checkpoint, check_data, check_gpus, naming_data
-from .errors import closing_group, final_mistakes, one_line_errors
 from .options import add_cfg_options, add_common_arguments, load_config, merge_options
-from .process import end_with_launcher, keep_memory
+from .process import (
+    closing_group,
+    end_with_launcher,
+    final_mistakes,
+    keep_memory,
+    one_line_errors,
+)
 from .runner import (
     build_runner,
     checkpoint_of_restart,

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import zip_longest
 from math import isfinite
 from numbers import Real
@@ -23,16 +24,6 @@ from mmengine.registry import OPTIMIZERS
 
 from ..checkpoint import some_of
 from ..hooks.data import walk_datasets
-
-__all__ = [
-    'check_annotations',
-    'check_checkpoint',
-    'check_data',
-    'check_gpus',
-    'check_optimizer',
-    'is_first_process',
-    'naming_data',
-]
 
 # The launchers' variables for the number of a process among all.
 RANK = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
@@ -64,22 +55,26 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
             wrong, or a metric cannot be computed.
     """
     _check_settings(cfg, splits)
+    head = (cfg.get('model') or {}).get('head')
+    classes = head.get('num_classes') if isinstance(head, dict) else None
     datasets, metrics = [], []
     for split in splits:
         dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset') or {}
-        for key, part in walk_datasets(dataset, f'{split}_dataloader.dataset'):
-            datasets.append(part)
-            for name, path in _paths_of(part).items():
-                _check_path(path, f'{key}.{name}')
+        found = list(walk_datasets(dataset, f'{split}_dataloader.dataset'))
+        datasets += [part for _, part in found]
         key = f'{split}_evaluator'
         evaluators = cfg.get(key) or []
         for metric in [evaluators] if isinstance(evaluators, dict) else evaluators:
-            path = metric.get('ann_file')
-            if path and _is_local(path, metric):
-                _check_path(path, f'{key}.ann_file')
-                metrics.append((f'{key}.ann_file', path, _paths_of(dataset)))
-            if _name_of(metric) == 'Accuracy':
-                _check_topk(metric, key, cfg)
+            found.append((key, metric))
+            metrics.append((key, metric, dataset))
+            topk = metric.get('topk', 1)
+            if classes and _name_of(metric) == 'Accuracy' and np.max(topk) > classes:
+                raise ValueError(
+                    f'{key}.topk is {topk}, but model.head has {classes} classes'
+                )
+        for key, part in found:
+            for name, path in _paths_of(part).items():
+                _check_path(path, f'{key}.{name}')
     launcher = cfg.get('launcher', 'none')
     # The launchers of this package count their attempts, after they have run --check.
     is_checked = launcher != 'none' and 'CONVMLP_MM_ATTEMPT' in os.environ
@@ -99,20 +94,17 @@ def _check_settings(cfg: Config, splits: Iterable[str]) -> None:
         for key, least in LEAST.items():
             value = (section or {}).get(key)
             if value is not None and not (isinstance(value, Real) and value >= least):
-                raise ValueError(
-                    f'{name}.{key} must be a number of at least {least}, but is '
-                    f'{value!r}'
-                )
+                what = f'{name}.{key} must be a number of at least {least}'
+                raise ValueError(f'{what}, but is {value!r}')
 
 
 def check_optimizer(cfg: Config) -> None:
     """Raise a KeyError for an unknown optimizer, which mmengine calls None."""
     kind = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
     with OPTIMIZERS.switch_scope_and_registry(None) as registry:
-        if isinstance(kind, str) and registry.get(kind) is None:
-            raise KeyError(
-                f'optim_wrapper.optimizer.type {kind!r} is not in the registry'
-            )
+        is_known = not isinstance(kind, str) or kind in registry
+    if not is_known:
+        raise KeyError(f'optim_wrapper.optimizer.type {kind!r} is not in the registry')
 
 
 def _name_of(section: ConfigDict) -> str:
@@ -121,35 +113,22 @@ def _name_of(section: ConfigDict) -> str:
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
-def _check_topk(metric: ConfigDict, key: str, cfg: Config) -> None:
-    """Refuse what would fail once the first epoch is over."""
-    head = (cfg.get('model') or {}).get('head')
-    classes = head.get('num_classes') if isinstance(head, dict) else None
-    topk = metric.get('topk', 1)
-    if classes and np.max(topk) > classes:
-        raise ValueError(f'{key}.topk is {topk}, but model.head has {classes} classes')
-
-
-def _is_local(path: str, section: ConfigDict) -> bool:
-    """Tell whether a path means a file here; of others, only the run can tell."""
-    backend = (section.get('backend_args') or {}).get('backend', 'local')
-    return backend == 'local' and '://' not in path
-
-
-def _paths_of(dataset: ConfigDict) -> dict[str, str]:
-    """Return the files and folders here that a data set reads, by their keys."""
-    if _name_of(dataset) in DOWNLOADED:
+def _paths_of(part: ConfigDict) -> dict[str, str]:
+    """Return the files and folders here that data or a metric reads, by their keys."""
+    # Of others, only the run can tell.
+    backend = (part.get('backend_args') or {}).get('backend', 'local')
+    if backend != 'local' or _name_of(part) in DOWNLOADED:
         return {}
-    root, prefixes = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
+    root, prefixes = part.get('data_root') or '', part.get('data_prefix') or {}
     if isinstance(prefixes, str):
         prefixes = {'': prefixes}
-    parts = {f'data_prefix.{key}'.rstrip('.'): p for key, p in prefixes.items()}
-    parts['ann_file'] = dataset.get('ann_file')
+    names = {f'data_prefix.{key}'.rstrip('.'): name for key, name in prefixes.items()}
+    names['ann_file'] = part.get('ann_file')
     paths = {'data_root': root} if root else {}
-    for key, part in parts.items():
-        if isinstance(part, str) and part:
-            paths[key] = osp.join(root, part)
-    return {key: path for key, path in paths.items() if _is_local(path, dataset)}
+    for key, name in names.items():
+        if isinstance(name, str) and name:
+            paths[key] = osp.join(root, name)
+    return {key: path for key, path in paths.items() if '://' not in path}
 
 
 def _check_path(path: str, key: str) -> None:
@@ -165,13 +144,13 @@ def _check_path(path: str, key: str) -> None:
 def _check_coco(datasets: Iterable[ConfigDict], metrics: Iterable[tuple]) -> None:
     """Check the annotation files of the data sets that mmdet reads as COCO's.
 
-    Metrics, given as the key and the value of ``ann_file`` and the paths of the data,
-    must have the images of the data; otherwise they fail after the first epoch.
+    Metrics, given with their key and their data set, must have the images of the data;
+    otherwise they fail after the first epoch.
     """
     from mmdet.datasets import CocoDataset
     from mmdet.registry import DATASETS
 
-    classes_of: dict[str, list] = {}
+    read, images_of = cache(_read_coco), {}
     for dataset in datasets:
         kind, path = dataset.get('type'), _paths_of(dataset).get('ann_file')
         kind = DATASETS.get(kind) if isinstance(kind, str) else kind
@@ -179,25 +158,20 @@ def _check_coco(datasets: Iterable[ConfigDict], metrics: Iterable[tuple]) -> Non
         ways = [getattr(kind, name, None) for name in ('load_data_list', 'COCOAPI')]
         if path and ways == [CocoDataset.load_data_list, CocoDataset.COCOAPI]:
             meta = {**kind.METAINFO, **(dataset.get('metainfo') or {})}
-            classes_of.setdefault(path, []).append(meta['classes'])
-    images_of = {}
-    for path, lists in classes_of.items():
-        images_of[path], names = _read_coco(path)
-        for classes in lists:
-            _check_classes(classes, names, path)
-    for key, path, paths in metrics:
-        other = paths.get('ann_file')
-        if other not in images_of or osp.samefile(path, other):
+            images_of[path], names = read(path)
+            _check_classes(meta['classes'], names, path)
+    for key, *parts in metrics:
+        path, other = (_paths_of(part).get('ann_file') for part in parts)
+        if path is None or other not in images_of or osp.samefile(path, other):
             continue
-        there = _read_coco(path)[0].items()
-        missing = [image for image in images_of[other].items() if image not in there]
-        if missing:
-            number, name = missing[0]
-            raise ValueError(
-                f'annotation file {path!r} (named by {key} in the configuration) does '
-                f'not have image {number}, {name!r}, of {other!r}: data and metric '
-                'must be of the same images'
-            )
+        there = read(path)[0]
+        for number, name in images_of[other].items():
+            if there.get(number) != name:
+                raise ValueError(
+                    f'annotation file {path!r} (named by {key}.ann_file in the '
+                    f'configuration) does not have image {number}, {name!r}, of '
+                    f'{other!r}: data and metric must be of the same images'
+                )
 
 
 def _read_coco(path: str) -> tuple[dict, list[str]]:
@@ -206,21 +180,17 @@ def _read_coco(path: str) -> tuple[dict, list[str]]:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
         changed = check_annotations(content)
-        images = {
-            row['id']: osp.basename(row['file_name']) for row in content['images']
-        }
-        names = [row['name'] for row in content['categories']]
+        rows, categories = content['images'], content['categories']
+        images = {row['id']: osp.basename(row['file_name']) for row in rows}
+        names = [row['name'] for row in categories]
     except (ValueError, KeyError, TypeError) as error:
         reason = error if type(error) is ValueError else repr(error)
         raise ValueError(f'annotation file {path!r} is wrong: {reason}') from error
     for what, numbers in changed.items():
         count = f'{len(numbers)} of {len(content["annotations"])} annotations'
+        text = f'{count} {what}: {some_of(map(str, numbers))}'
         # No log of a run is there yet.
-        print(
-            f'warning: annotation file {path!r}: {count} {what}: '
-            f'{some_of(map(str, numbers))}',
-            file=sys.stderr,
-        )
+        print(f'warning: annotation file {path!r}: {text}', file=sys.stderr)
     return images, names
 
 
@@ -257,9 +227,9 @@ def check_annotations(content: dict) -> dict[str, list]:
             what = _check_annotation(row, *sizes[row['image_id']])
         if what:
             found[what].append(row['id'])
-    if found and len(found[lost]) == len(content['annotations']):
+    if found and len(found.get(lost, ())) == len(content['annotations']):
         raise ValueError('all annotations are of images or categories that it has not')
-    return {what: numbers for what, numbers in found.items() if numbers}
+    return found
 
 
 def _check_annotation(row: dict, rows: int, columns: int) -> str | None:
@@ -347,7 +317,5 @@ def check_gpus() -> None:
     gpus = torch.cuda.device_count()
     if torch.cuda.is_available() and processes > gpus:
         visible = os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')
-        raise ValueError(
-            f'{processes} processes need as many GPUs, but {gpus} are visible '
-            f'(CUDA_VISIBLE_DEVICES is {visible})'
-        )
+        what = f'{processes} processes need as many GPUs, but {gpus} are visible'
+        raise ValueError(f'{what} (CUDA_VISIBLE_DEVICES is {visible})')

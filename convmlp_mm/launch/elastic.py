@@ -24,23 +24,13 @@ import tempfile
 import uuid
 
 from torch.distributed import HashStore, run
+from torch.distributed.elastic import rendezvous
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import (
-    RendezvousParameters,
-    rendezvous_handler_registry,
-)
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import (
-    C10dRendezvousBackend,
-)
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
-    DynamicRendezvousHandler,
-)
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend as c10d
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher import api
-from torch.distributed.launcher.api import LocalElasticAgent
-
-__all__ = ['FINAL', 'Agent', 'check_port', 'main', 'own_address']
 
 # Those of convmlp_mm.hooks.stop and convmlp_mm.launch.process.
 FINAL = PREEMPTED, MISTAKE = 85, 2
@@ -51,7 +41,7 @@ PATIENCE = 60
 ONE_MACHINE = 'one_machine'
 
 
-class Agent(LocalElasticAgent):
+class Agent(api.LocalElasticAgent):
     """The part of torchrun that watches the processes of one machine.
 
     The processes find in ``CONVMLP_MM_ATTEMPT`` how often they have been started
@@ -108,23 +98,8 @@ class Agent(LocalElasticAgent):
         return result
 
 
-def check_port(port: int) -> None:
-    """Raise an OSError, in one sentence, if this machine cannot listen at a port."""
-    try:
-        socket.create_server(('', port)).close()
-    except OSError as error:
-        raise OSError(
-            f'port {port} of this machine cannot be used ({error.strerror}); set PORT '
-            'to another, on all machines the same'
-        ) from None
-
-
 def own_address(host: str, port: int) -> str:
-    """Return the address by which this machine talks to another, or to itself.
-
-    Raises:
-        OSError: If there is no way to the host.
-    """
+    """Return the address by which this machine talks to a host, or raise an OSError."""
     try:
         # Nothing is sent.
         found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
@@ -136,20 +111,18 @@ def own_address(host: str, port: int) -> str:
         raise OSError(f'MASTER_ADDR {host!r} cannot be reached: {error}') from None
 
 
-def _meet_nobody(params: RendezvousParameters) -> DynamicRendezvousHandler:
+def _meet_nobody(params: rendezvous.RendezvousParameters):
     """Make the rendezvous of one machine, in the memory of the launcher."""
     store = HashStore()
-    backend = C10dRendezvousBackend(store, params.run_id)
-    handler = DynamicRendezvousHandler.from_backend(
-        params.run_id, store, backend, 1, 1, params.local_addr
-    )
+    backend = c10d.C10dRendezvousBackend(store, params.run_id)
+    handler = create_handler(store, backend, params)
     handler.get_backend = lambda: ONE_MACHINE
     return handler
 
 
 def _stay_on_this_machine(options: argparse.Namespace) -> None:
     """Keep the processes of one machine from listening to others."""
-    rendezvous_handler_registry.register(ONE_MACHINE, _meet_nobody)
+    rendezvous.rendezvous_handler_registry.register(ONE_MACHINE, _meet_nobody)
     options.rdzv_id, options.local_addr = uuid.uuid4().hex, '127.0.0.1'
     if 'lo' in (name for _, name in socket.if_nameindex()):
         for library in ('GLOO', 'NCCL'):
@@ -160,7 +133,13 @@ def _check_addresses(options: argparse.Namespace) -> None:
     """Check that several machines can meet."""
     host, port = parse_rendezvous_endpoint(options.rdzv_endpoint, default_port=-1)
     if options.node_rank == 0:
-        check_port(port)
+        try:
+            socket.create_server(('', port)).close()
+        except OSError as error:
+            raise OSError(
+                f'port {port} of this machine cannot be used ({error.strerror}); set '
+                'PORT to another, on all machines the same'
+            ) from None
     # By default they would look for each other by the names of the machines, which not
     # every network knows.
     options.local_addr = options.local_addr or own_address(host, port)

@@ -10,14 +10,7 @@ import sys
 from mmengine.config import Config, DictAction
 
 from ..zoo import WORKER_KEYS, map_config, map_leaves, read_config, without_tilde
-from .checks import check_gpus, is_first_process
-
-__all__ = [
-    'add_cfg_options',
-    'add_common_arguments',
-    'load_config',
-    'merge_options',
-]
+from .checks import RANK, check_gpus, is_first_process
 
 SPLITS = ('train', 'val', 'test')
 
@@ -48,29 +41,22 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share, named as in mmdet."""
-    parser.add_argument(
-        '--work-dir',
-        type=osp.expanduser,
-        help='folder for logs and checkpoints; by default work_dir of the '
-        'configuration, else work_dirs/ and the name of the configuration',
+    add = parser.add_argument
+    text = (
+        'folder for logs and checkpoints; by default work_dir of the configuration, '
+        'else work_dirs/ and the name of the configuration'
     )
+    add('--work-dir', type=osp.expanduser, help=text)
     add_cfg_options(parser)
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what has started this process among others',
+    text = 'what has started this process among others'
+    add('--launcher', choices=['none', *RANK], default='none', help=text)
+    text = (
+        'only check that the configuration and the data are there; the launchers do so '
+        'before they start any process'
     )
-    parser.add_argument(
-        '--check',
-        action='store_true',
-        help='only check that the configuration and the data are there; the '
-        'launchers do so before they start any process',
-    )
+    add('--check', action='store_true', help=text)
     # torch.distributed.launch passes it; torchrun sets the variable itself.
-    parser.add_argument(
-        '--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS
-    )
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -94,11 +80,9 @@ def load_config(args: argparse.Namespace) -> Config:
         # These would train beside the hooks that make runs whole and exact.
         raise ValueError('the tools train with DDP only, without strategy')
     cfg.launcher = args.launcher
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        name = osp.splitext(osp.basename(args.config))[0]
-        cfg.work_dir = osp.join('work_dirs', name)
+    name = osp.splitext(osp.basename(args.config))[0]
+    default = osp.join('work_dirs', name)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default
     for loader in (cfg.get(f'{split}_dataloader') or {} for split in SPLITS):
         # torch refuses these options of workers where there are none.
         for key in WORKER_KEYS if not loader.get('num_workers') else ():
@@ -112,13 +96,10 @@ def _name_dropped_hooks(cfg: Config) -> None:
     """Tell what a configuration that replaces ``custom_hooks`` does not run."""
     kept = {str(hook.get('type')) for hook in cfg.get('custom_hooks') or []}
     wanted = [hook['type'] for hook in cfg.get('runtime_hooks') or []]
-    dropped = [kind for kind in wanted if kind not in kept]
+    dropped = ', '.join(kind for kind in wanted if kind not in kept)
     if dropped:
-        print(
-            f'custom_hooks of the configuration leaves out {", ".join(dropped)}; '
-            '[*_base_.custom_hooks, ...] adds to them',
-            file=sys.stderr,
-        )
+        text = f'custom_hooks of the configuration leaves out {dropped}'
+        print(f'{text}; [*_base_.custom_hooks, ...] adds to them', file=sys.stderr)
 
 
 def merge_options(cfg: Config, options: dict) -> None:
@@ -127,30 +108,21 @@ def merge_options(cfg: Config, options: dict) -> None:
     ``data_root`` and ``num_classes`` reach the places that they were copied to.
     """
     options = map_leaves(without_tilde, dict(options))
-    if 'data_root' in options and cfg.get('data_root'):
-        _move_data_root(cfg, cfg.data_root, options['data_root'])
-    if 'num_classes' in options and cfg.get('num_classes'):
-        _set_num_classes(cfg, cfg.num_classes, options['num_classes'])
-    cfg.merge_from_dict(options)
-
-
-def _move_data_root(cfg: Config, old: str, new: str) -> None:
-    """Put ``new`` for a leading ``old`` in the paths of data sets and metrics."""
-    root = old if old.endswith('/') else old + '/'
+    old, classes = cfg.get('data_root'), cfg.get('num_classes')
 
     def moved(key, value):
+        root = osp.join(old, '')
         if isinstance(value, str) and (value == old or value.startswith(root)):
-            return osp.join(new, value[len(root) :])
+            return osp.join(options['data_root'], value[len(root) :])
         return value
 
-    parts = ('dataloader', 'evaluator')
-    map_config(cfg, [f'{s}_{p}' for s in SPLITS for p in parts], moved)
+    def counted(key, value):
+        is_number = key == 'num_classes' and value == classes
+        return options['num_classes'] if is_number else value
 
-
-def _set_num_classes(cfg: Config, old: int, new: int) -> None:
-    """Put ``new`` for ``old`` wherever the model states ``num_classes``."""
-
-    def changed(key, value):
-        return new if key == 'num_classes' and value == old else value
-
-    map_config(cfg, ('model', 'data_preprocessor'), changed)
+    if 'data_root' in options and old:
+        parts = ('dataloader', 'evaluator')
+        map_config(cfg, [f'{s}_{p}' for s in SPLITS for p in parts], moved)
+    if 'num_classes' in options and classes:
+        map_config(cfg, ('model', 'data_preprocessor'), counted)
+    cfg.merge_from_dict(options)

@@ -22,17 +22,6 @@ from ..zoo import map_config
 from .checks import check_optimizer, is_first_process
 from .process import keep_memory
 
-__all__ = [
-    'build_runner',
-    'checkpoint_of_restart',
-    'load_from_weights_only',
-    'lock_of_training',
-    'plain_optim_wrapper',
-    'read_slurm',
-    'read_weights_only',
-]
-
-
 # Prefixes of names of checkpoints, S3 as mmengine spells it.
 SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 
@@ -52,10 +41,8 @@ def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
             counts, otherwise only one of this launch, ``CONVMLP_MM_LAUNCH_ID``.
 
     Returns:
-        Its path; None in the first attempt, and if there is none.
-
-    Raises:
-        ValueError: If there are checkpoints and none can be resumed from.
+        Its path; None in the first attempt, and if there is none. The errors are those
+        of :func:`find_latest_checkpoint`.
     """
     attempts = 'CONVMLP_MM_ATTEMPT', 'TORCHELASTIC_RESTART_COUNT'
     if all(os.environ.get(name, '0') == '0' for name in attempts):
@@ -65,11 +52,8 @@ def checkpoint_of_restart(work_dir: str, resume: str | None) -> str | None:
     launch = os.environ.get('CONVMLP_MM_LAUNCH_ID')
     saved = find_latest_checkpoint(work_dir, launch) if launch else None
     if saved is None:
-        print(
-            f'started again: this launch has saved nothing in {work_dir!r} yet, so '
-            'that it begins as at first',
-            file=sys.stderr,
-        )
+        text = f'started again: this launch has saved nothing in {work_dir!r} yet'
+        print(f'{text}, so that it begins as at first', file=sys.stderr)
     return saved
 
 
@@ -115,17 +99,17 @@ def load_from_weights_only(filename: str, map_location: object = None) -> dict:
 
 def _fit_to_cpu(cfg: Config) -> None:
     """Replace what only accelerators run."""
-    replaced = []
+    replaced = set()
     wrapper = cfg.get('optim_wrapper') or {}
     bfloat16 = wrapper.get('dtype') == 'bfloat16'
     if plain_optim_wrapper(wrapper):
         if bfloat16:
             wrapper['type'] = 'BFloat16OptimWrapper'
-        replaced.append(f'{wrapper["type"]} instead of AmpOptimWrapper')
+        replaced.add(f'{wrapper["type"]} instead of AmpOptimWrapper')
 
     def local_norm(key, value):
         if key == 'type' and value in ('SyncBN', torch.nn.SyncBatchNorm):
-            replaced.append('BN instead of SyncBN')
+            replaced.add('BN instead of SyncBN')
             return 'BN'
         return value
 
@@ -133,8 +117,7 @@ def _fit_to_cpu(cfg: Config) -> None:
     if cfg.launcher != 'none':
         map_config(cfg, ['model'], local_norm)
     if replaced and is_first_process(cfg.launcher):
-        changes = ' and '.join(dict.fromkeys(replaced))
-        print(f'on the CPU, with {changes}', file=sys.stderr)
+        print('on the CPU, with', ' and '.join(sorted(replaced)), file=sys.stderr)
 
 
 def plain_optim_wrapper(wrapper: dict) -> bool:
@@ -158,10 +141,7 @@ def read_slurm() -> None:
     """
     env = os.environ
     if 'SLURM_PROCID' not in env:
-        raise ValueError(
-            '--launcher slurm is for processes that srun has started, but SLURM_PROCID '
-            'is not in the environment'
-        )
+        raise ValueError('--launcher slurm is for srun, but SLURM_PROCID is not set')
     env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
     env['LOCAL_RANK'] = env.get('SLURM_LOCALID', '0')
     env.setdefault('MASTER_PORT', str(15000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))

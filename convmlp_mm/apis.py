@@ -92,7 +92,7 @@ def get_inferencer(
     """
     weights = _find_weights(name, weights)
     cfg = find_config(name)
-    toolkit = toolkit_of(cfg.default_scope)
+    toolkit = toolkit_of(cfg.get('default_scope'))
     toolkit.register()
     meta = _dataset_meta(cfg)
     give_visualizer(cfg)

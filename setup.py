@@ -13,7 +13,8 @@ PACKAGE = 'convmlp_mm'
 
 # What travels with the package in the folder where mim and mmengine look for the
 # configurations and tools of an OpenMMLab package.
-MIM_ENTRIES = ('configs', 'tools', 'model-index.yml')
+FOLDERS, INDEX = ('configs', 'tools'), 'model-index.yml'
+CACHES = shutil.ignore_patterns('.*', '__pycache__', '*.py[co]', '*~')
 
 
 class BuildWithMim(build_py):
@@ -29,35 +30,20 @@ class BuildWithMim(build_py):
             mim = ROOT / PACKAGE / '.mim'
             shutil.rmtree(mim, ignore_errors=True)
             mim.mkdir()
-            for entry in MIM_ENTRIES:
+            for entry in (*FOLDERS, INDEX):
                 (mim / entry).symlink_to(Path('..', '..', entry))
         else:
-            for source, target in self.copies():
-                self.mkpath(str(target.parent))
-                self.copy_file(str(source), str(target))
+            mim = Path(self.build_lib, PACKAGE, '.mim')
+            # A build folder that is used again has the folders of the last build.
+            options = dict(ignore=CACHES, dirs_exist_ok=True)
+            for name in FOLDERS:
+                shutil.copytree(ROOT / name, mim / name, **options)
+            shutil.copy2(ROOT / INDEX, mim)
 
     def get_outputs(self, include_bytecode=1):
-        outputs = super().get_outputs(include_bytecode)
-        if self.editable_mode:
-            return outputs
-        return outputs + [str(target) for _, target in self.copies()]
-
-    def copies(self) -> list[tuple[Path, Path]]:
-        """Pair each file to carry with its place in the build folder."""
-        mim = Path(self.build_lib, PACKAGE, '.mim')
-        files = [path for entry in MIM_ENTRIES for path in self.files(ROOT / entry)]
-        return [(file, mim / file.relative_to(ROOT)) for file in files]
-
-    def files(self, path: Path) -> list[Path]:
-        """List a file or the files of a folder, without caches and editors' copies."""
-        if path.name.startswith(('.', '__pycache__')) or path.suffix in (
-            '.pyc',
-            '.pyo',
-        ):
-            return []
-        if path.is_dir():
-            return sum(map(self.files, sorted(path.iterdir())), [])
-        return [path] if path.is_file() and not path.name.endswith('~') else []
+        carried = Path(self.build_lib, PACKAGE, '.mim').rglob('*')
+        files = [str(path) for path in carried if path.is_file()]
+        return super().get_outputs(include_bytecode) + files
 
 
 if __name__ == '__main__':

@@ -20,16 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import fit_checkpoint, read_checkpoint
 from .hooks.data import walk_datasets
+from .hooks.model import use_channels_last
 from .toolkits import toolkit_of
 from .zoo import find_config, give_visualizer, published_weights
-
-__all__ = [
-    'build_model',
-    'get_inferencer',
-    'get_model',
-    'load_weights',
-    'switch_to_deploy',
-]
 
 
 def build_model(cfg: Config) -> BaseModel:
@@ -99,7 +92,7 @@ def get_inferencer(
     """
     weights = _find_weights(name, weights)
     cfg = find_config(name)
-    toolkit = toolkit_of(cfg.default_scope)
+    toolkit = toolkit_of(cfg.get('default_scope'))
     toolkit.register()
     meta = _dataset_meta(cfg)
     give_visualizer(cfg)
@@ -111,14 +104,12 @@ def get_inferencer(
         # Its visualizer takes the colours of another data set for those that lack.
         drawn = np.random.RandomState(42).randint(0, 255, (len(meta['classes']), 3))
         meta.setdefault('palette', drawn.tolist())
-    options = dict(pretrained=False) if toolkit.scope == 'mmpretrain' else {}
-    in_scope = DefaultScope.overwrite_default_scope(toolkit.scope)
-    with warnings.catch_warnings(), in_scope:
+    with warnings.catch_warnings(), DefaultScope.overwrite_default_scope(toolkit.scope):
         # The toolkits warn of weights that are not loaded and classes that are
         # guessed, which is put right below.
         warnings.simplefilter('ignore')
         build = get_object_from_string(toolkit.inferencer)
-        inferencer = build(cfg, device=device or get_device(), **options)
+        inferencer = build(cfg, None, device=device or get_device())
     model = inferencer.model
     model.cfg = cfg
     # The visualizer shares the dict of a detector or segmentor.
@@ -126,8 +117,8 @@ def get_inferencer(
     model.dataset_meta.update(meta)
     if weights is not None:
         load_weights(model, weights, skip_heads=False)
-    if toolkit.scope == 'mmpretrain':
-        inferencer.classes = model.dataset_meta.get('classes')
+    # That of mmpretrain takes the names of the classes from here.
+    inferencer.classes = model.dataset_meta.get('classes')
     return inferencer
 
 
@@ -182,8 +173,6 @@ def switch_to_deploy(model: nn.Module) -> None:
     share its convolution. Necks and heads get channels-last maps, see
     :func:`convmlp_mm.hooks.model.use_channels_last`.
     """
-    from .hooks.model import use_channels_last
-
     model.eval()
     modules = list(model.modules())
     for module in modules:

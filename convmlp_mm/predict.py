@@ -18,13 +18,9 @@ from mmengine.infer import BaseInferencer
 from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-__all__ = ['Predictor', 'labels_of', 'list_images', 'name_outputs', 'read_image']
-
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 # COCO numbers its 80 classes from 1 to 90 and leaves these out.
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-# Images of classifiers are drawn with this short side, so that text fits on them.
-CLASSIFIED_SIDE = 320
 
 
 def list_images(path: str | os.PathLike) -> list[str]:
@@ -84,22 +80,23 @@ class Predictor:
         self.inferencer, self.score_thr = inferencer, score_thr
         self.classes = list(inferencer.model.dataset_meta.get('classes') or ())
         self.images, self.predictions, self.skipped = [], [], []
-        self.ids = self.category_ids()
+        # The numbers of the classes in the file.
+        self.ids = list(range(len(self.classes)))
 
-    def predict(self, image: str) -> tuple[BaseDataElement, np.ndarray]:
-        """Predict the image of a path, and draw it: (H, W, 3), RGB, uint8.
+    def predict(self, path: str) -> BaseDataElement:
+        """Predict an image, which is read as the test pipeline says.
 
         Raises:
             ValueError: If there are numbers in the prediction that are not finite.
         """
-        (data,) = self.inferencer.preprocess([image])
+        (data,) = self.inferencer.preprocess([path])
         # That of mmdet has the inputs before it.
         data = data if isinstance(data, dict) else data[1]
         (sample,) = self.inferencer.forward(data)
         # Visualizers fail at such numbers.
         if not is_finite(sample):
             raise ValueError('the prediction has numbers that are not finite')
-        return sample, self.draw(image, sample)
+        return sample
 
     def add(
         self, name: str, size: tuple[int, int], sample: BaseDataElement, stem: str
@@ -126,12 +123,8 @@ class Predictor:
             self.key: self.predictions,
         }
 
-    def category_ids(self) -> list[int]:
-        """Return the numbers of the classes in the file."""
-        return list(range(len(self.classes)))
-
-    def draw(self, image: str, sample: BaseDataElement) -> np.ndarray:
-        """Draw a prediction on its image."""
+    def draw(self, pixels: np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        """Draw a prediction on its image, both (H, W, 3), RGB, uint8."""
         raise NotImplementedError
 
     def describe(self, sample: BaseDataElement, stem: str) -> list[dict]:
@@ -142,14 +135,14 @@ class Predictor:
 class ClassificationPredictor(Predictor):
     """The five most probable classes of each image."""
 
-    def draw(self, image, sample):
+    def draw(self, pixels, sample):
         if self.inferencer.visualizer is None:
             # The inferencer itself builds it only where it draws.
             from mmpretrain.visualization import UniversalVisualizer
 
             self.inferencer.visualizer = UniversalVisualizer()
-        pixels = mmcv.imread(image, channel_order='rgb')
-        settings = dict(classes=self.classes, resize=CLASSIFIED_SIDE, draw_gt=False)
+        # The short side becomes this long, so that text fits on the image.
+        settings = dict(classes=self.classes, resize=320, draw_gt=False)
         return self.inferencer.visualizer.visualize_cls(pixels, sample, **settings)
 
     def describe(self, sample, stem):
@@ -167,16 +160,17 @@ class DetectionPredictor(Predictor):
 
     key = 'annotations'
 
-    def category_ids(self):
+    def __init__(self, inferencer, score_thr):
         from mmdet.datasets import CocoDataset
 
+        super().__init__(inferencer, score_thr)
+        self.ids = list(range(1, len(self.classes) + 1))
         if tuple(self.classes) == tuple(CocoDataset.METAINFO['classes']):
-            return [i for i in range(1, 91) if i not in UNUSED_COCO_IDS]
-        return list(range(1, len(self.classes) + 1))
+            self.ids = [i for i in range(1, 91) if i not in UNUSED_COCO_IDS]
 
-    def draw(self, image, sample):
+    def draw(self, pixels, sample):
         settings = dict(return_vis=True, pred_score_thr=self.score_thr)
-        return self.inferencer.visualize([image], [sample], **settings)[0]
+        return self.inferencer.visualize([pixels], [sample], **settings)[0]
 
     def describe(self, sample, stem):
         from mmdet.structures.mask import encode_mask_results
@@ -196,9 +190,8 @@ class DetectionPredictor(Predictor):
                 iscrowd=0,
             )
             if masks:
-                size = list(map(int, masks[i]['size']))
                 counts = masks[i]['counts'].decode()
-                record['segmentation'] = dict(size=size, counts=counts)
+                record['segmentation'] = dict(masks[i], counts=counts)
                 record['area'] = int(found.masks[i].sum())
             records.append(record)
         return records
@@ -207,10 +200,10 @@ class DetectionPredictor(Predictor):
 class SegmentationPredictor(Predictor):
     """The pixels of each class; the label maps are files of their own."""
 
-    def draw(self, image, sample):
+    def draw(self, pixels, sample):
         # To find places for its labels, mmseg would need seconds and gigabytes.
         settings = dict(return_vis=True, opacity=0.6, with_labels=False)
-        (drawn,) = self.inferencer.visualize([image], [sample], **settings)
+        (drawn,) = self.inferencer.visualize([pixels], [sample], **settings)
         labels, counts = np.unique(labels_of(sample), return_counts=True)
         labels = labels[np.argsort(-counts, kind='stable')]
         palette = self.inferencer.visualizer.dataset_meta['palette']

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from mmengine.config import Config
 
-__all__ = ['TOOLKITS', 'Toolkit', 'default_shape', 'toolkit_of']
-
 # Steps of a test pipeline that decide the size.
 CROPS = ('Resize', 'CenterCrop', 'EfficientNetCenterCrop')
 

@@ -26,12 +26,11 @@ from mmengine.utils import get_object_from_string
 from .checkpoint import ROOT, name_as_model, read_checkpoint
 from .toolkits import TOOLKITS
 
-SCOPE = __package__
 # Settings of data loaders that torch refuses where there are no workers.
 WORKER_KEYS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context')
 
 
-def mim_folder(scope: str = SCOPE) -> Path:
+def mim_folder(scope: str = __package__) -> Path:
     """Return the folder with the configurations and metafiles of a package.
 
     mmengine's own way asks for the distribution of the original stack.
@@ -75,7 +74,7 @@ def config_path(name: str) -> str:
     path = mim_folder() / _entries().get(name, {}).get('Config', file)
     if '..' in path.parts or not path.is_file():
         raise ValueError(
-            f'{SCOPE} has no configuration {name!r}; there are the models '
+            f'{__package__} has no configuration {name!r}; there are the models '
             f'{", ".join(list_models())} and the files in {mim_folder() / "configs"}'
         )
     return str(path)
@@ -183,11 +182,9 @@ def _timm_config(name: str) -> Config:
     resize = dict(type='ResizeEdge', edge='short', backend='pillow')
     resize['scale'] = math.floor(size / (given.crop_pct or 1))
     resize['interpolation'] = given.interpolation or 'bicubic'
-    steps = [resize, dict(type='CenterCrop', crop_size=size)]
-    dataset = dict(
-        type='ImageNet' if classes == 1000 else 'CustomDataset',
-        pipeline=[dict(type='LoadImageFromFile'), *steps, dict(type='PackInputs')],
-    )
+    crop = dict(type='CenterCrop', crop_size=size)
+    pipeline = [dict(type='LoadImageFromFile'), resize, crop, dict(type='PackInputs')]
+    kind = 'ImageNet' if classes == 1000 else 'CustomDataset'
     preprocessor = dict(
         num_classes=classes,
         mean=[255 * value for value in given.mean],
@@ -198,7 +195,7 @@ def _timm_config(name: str) -> Config:
         default_scope='mmpretrain',
         model=dict(type='TimmClassifier', model_name=name),
         data_preprocessor=preprocessor,
-        test_dataloader=dict(dataset=dataset),
+        test_dataloader=dict(dataset=dict(type=kind, pipeline=pipeline)),
     )
     return Config(cfg)
 

@@ -73,8 +73,9 @@ def main() -> int:
     for path in track_iter_progress(images, file=sys.stderr):
         name, stem = osp.relpath(path, root), names[path]
         try:
-            size = predict.read_image(path).shape[:2]
-            sample, drawing = results.predict(path)
+            pixels = predict.read_image(path)
+            sample = results.predict(path)
+            drawing = results.draw(pixels[..., ::-1], sample)
             save_image(osp.join(args.out, 'vis', f'{stem}.jpg'), drawing)
             if cfg.default_scope == 'mmseg':
                 # Label maps of more than 256 classes need 16 bits.
@@ -85,7 +86,7 @@ def main() -> int:
             print(f'\nskipped {name}: {error}', file=sys.stderr)
             results.skipped.append(dict(file_name=name, reason=str(error)))
         else:
-            results.add(name, size, sample, stem)
+            results.add(name, pixels.shape[:2], sample, stem)
     info = dict(config=args.config, weights=weights, score_thr=args.score_thr)
     content = json.dumps(results.content(**info), indent=1, allow_nan=False)
     with launch.one_line_errors():

@@ -50,7 +50,6 @@ from convmlp_mm import ConvMLP, launch
 from convmlp_mm.apis import build_model, switch_to_deploy
 from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.hooks.model import compile_backbone, operator_of_mmcv, use_channels_last
-from convmlp_mm.launch.process import keep_memory
 from convmlp_mm.launch.runner import plain_optim_wrapper
 from convmlp_mm.launch.tables import format_table
 from convmlp_mm.toolkits import default_shape, toolkit_of
@@ -58,11 +57,11 @@ from convmlp_mm.zoo import WORKER_KEYS, find_config
 
 BOTH = ('tf32', 'bf16', 'fp16', 'channels-last', 'compile')
 OPTIONS = dict(infer=('deploy', *BOTH, 'graph'), train=(*BOTH, 'cp'))
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
+# Types that products are computed in; exact ones without another option.
+DTYPES = dict(float32=torch.float32, tf32=torch.float32)
+DTYPES |= dict(bf16=torch.bfloat16, fp16=torch.float16)
 PUBLISHED = 'published::'
 REFERENCE = Path(__file__).resolve().parents[2] / 'tests' / 'reference.py'
-# Largest difference over the largest value, in float64.
-TOLERANCE = 1e-6
 # Settings of the twins that this process has checked, which takes seconds.
 CHECKED: list[dict] = []
 
@@ -74,16 +73,7 @@ class Entry(NamedTuple):
     cfg: Config
     published: bool
     options: list[str]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that products are computed in."""
-        return DTYPES.get(self.precision, torch.float32)
-
-    @property
-    def precision(self) -> str:
-        """What :func:`measure_ceilings` calls it."""
-        return next((o for o in self.options if o in ('tf32', *DTYPES)), 'float32')
+    precision: str
 
 
 def parse_entry(text: str, mode: str) -> Entry:
@@ -94,7 +84,8 @@ def parse_entry(text: str, mode: str) -> Entry:
     for option in options:
         if option not in OPTIONS[mode]:
             raise ValueError(f'{text!r}: no option {option!r} of {mode} in {known}')
-    if len({'tf32', *DTYPES} & set(options)) > 1:
+    precisions = set(DTYPES).intersection(options) or {'float32'}
+    if len(precisions) > 1:
         raise ValueError(f'{text!r} names more than one precision')
     published, name = name.startswith(PUBLISHED), name.removeprefix(PUBLISHED)
     if 'deploy' in options and published:
@@ -103,7 +94,7 @@ def parse_entry(text: str, mode: str) -> Entry:
     backbone = cfg.model.get('backbone') or {}
     if published and backbone.get('type') != 'ConvMLP':
         raise ValueError(f'{text!r} is for ConvMLP, not for {backbone.get("type")}')
-    return Entry(text, cfg, published, options)
+    return Entry(text, cfg, published, options, *precisions)
 
 
 def published_backbone(ours: ConvMLP, settings: dict) -> nn.Module:
@@ -126,12 +117,13 @@ def check_equal(ours: nn.Module, twin: nn.Module) -> None:
 
     In float64, from drawn BN statistics: the maps in both modes, with the same
     stochastic depth, and in training the gradients and the BN statistics thereafter.
+    Each may differ by 1e-6 of its largest value.
     """
     found = _compute(twin)
     for name, expected in _compute(ours).items():
         scale = expected.abs().max().clamp(min=1e-300)
         difference = float((found[name] - expected).abs().max() / scale)
-        if not difference <= TOLERANCE:
+        if not difference <= 1e-6:
             raise ValueError(
                 'the published structure does not compute the same and is not timed: '
                 f'{name} differs by {difference:.1e} of its largest value'
@@ -218,7 +210,7 @@ def build_step(entry: Entry, shape: tuple[int, int], args: argparse.Namespace):
     torch.manual_seed(0)
     batch = draw_batch(model, args.batch_size, shape)
     build = _inference if args.mode == 'infer' else _training
-    step = build(entry, model, batch, layout)
+    step = build(model, batch, DTYPES[entry.precision], layout)
 
     def precise_step():
         torch.backends.cuda.matmul.allow_tf32 = 'tf32' in options
@@ -260,28 +252,21 @@ def measure_ceilings(device: str) -> dict[str, float]:
         ``copy``, the bytes read and written while a large tensor is copied.
     """
     cuda = device == 'cuda'
-    types = dict(float32=torch.float32)
-    if cuda:
-        types.update(tf32=torch.float32, **DTYPES)
     size, found = 8192 if cuda else 2048, {}
-    for name, dtype in types.items():
+    for name in DTYPES if cuda else ('float32',):
         torch.backends.cuda.matmul.allow_tf32 = name == 'tf32'
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        found[name] = 2 * size**3 / seconds_of(partial(torch.mm, a, a))
+        a = torch.randn(size, size, device=device, dtype=DTYPES[name])
+        found[name] = 2 * size**3 / seconds_of(partial(torch.mm, a, a), 0.3)
     a = torch.randn(2**28 if cuda else 2**25, device=device)
-    seconds = seconds_of(partial(torch.empty_like(a).copy_, a))
+    seconds = seconds_of(partial(torch.empty_like(a).copy_, a), 0.3)
     return dict(found, copy=2 * a.nbytes / seconds)
 
 
-def timer_of(step) -> Timer:
-    """Return what times a call with the threads of this process."""
+def seconds_of(step, least: float) -> float:
+    """Return the median time of a call, in at least so many seconds of calls."""
     threads = torch.get_num_threads()
-    return Timer('step()', globals=dict(step=step), num_threads=threads)
-
-
-def seconds_of(step) -> float:
-    """Return the median time of a call."""
-    return timer_of(step).blocked_autorange(min_run_time=0.3).median
+    timer = Timer('step()', globals=dict(step=step), num_threads=threads)
+    return timer.blocked_autorange(min_run_time=least).median
 
 
 def as_graph(step):
@@ -297,38 +282,25 @@ def as_graph(step):
     return graph.replay
 
 
-def profile_step(step) -> str:
-    """Return torch's table of the operators and kernels that take the longest."""
-    cuda = torch.cuda.is_available()
-    with torch.profiler.profile() as profiler:
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-    order = 'self_device_time_total' if cuda else 'self_cpu_time_total'
-    return profiler.key_averages().table(order, 20, max_name_column_width=100)
-
-
-def _inference(entry: Entry, model: nn.Module, batch: dict, layout):
+def _inference(model: nn.Module, batch: dict, dtype: torch.dtype, layout):
     """Return the forward pass on images that are ready, up to the head's outputs."""
     batch = model.data_preprocessor(batch, False)
-    arguments = [batch['inputs'].to(entry.dtype).contiguous(memory_format=layout)]
+    arguments = [batch['inputs'].to(dtype).contiguous(memory_format=layout)]
     if model.cfg.default_scope == 'mmdet':
         arguments += [batch['data_samples'], 'tensor']
-    model.to(entry.dtype)
+    model.to(dtype)
     return torch.no_grad()(lambda: model(*arguments))
 
 
-def _training(entry: Entry, model: nn.Module, batch: dict, layout):
+def _training(model: nn.Module, batch: dict, dtype: torch.dtype, layout):
     """Return the step of the Runner: preprocessing, loss, gradients, optimizer."""
-    settings = copy.deepcopy(model.cfg.get('optim_wrapper')) or dict(
-        type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4)
-    )
+    settings = model.cfg.get('optim_wrapper') or dict(optimizer=dict(type='AdamW'))
     plain_optim_wrapper(settings)
     device = next(model.parameters()).device.type
-    mixed = entry.dtype != torch.float32
+    mixed = dtype != torch.float32
     if mixed and device != 'cpu':
         # What --amp does.
-        settings.update(type='AmpOptimWrapper', dtype=str(entry.dtype).split('.')[1])
+        settings.update(type='AmpOptimWrapper', dtype=str(dtype).split('.')[1])
     model.train()
     with DefaultScope.overwrite_default_scope(model.cfg.default_scope):
         wrapper = build_optim_wrapper(model, settings)
@@ -342,7 +314,7 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     def step():
         # The preprocessor may change the samples, not the images.
         samples = copy.deepcopy(batch['data_samples'])
-        cast = torch.autocast(device, entry.dtype, enabled=mixed and device == 'cpu')
+        cast = torch.autocast(device, dtype, enabled=mixed and device == 'cpu')
         with cast, wrapper.optim_context(model):
             data = model.data_preprocessor({**batch, 'data_samples': samples}, True)
             inputs = data['inputs'].contiguous(memory_format=layout)
@@ -352,39 +324,41 @@ def _training(entry: Entry, model: nn.Module, batch: dict, layout):
     return step
 
 
-def prepare(entry: Entry, args: argparse.Namespace) -> tuple[Timer, dict]:
-    """Build and warm up; return what times a step, and what is known without time."""
+def prepare(entry: Entry, args: argparse.Namespace) -> tuple:
+    """Build and warm up; return a step, and what is known of it without time."""
     cuda = args.device == 'cuda'
     shape = tuple(args.shape or default_shape(entry.cfg))
     before = torch.cuda.memory_allocated() if cuda else 0
     print(f'preparing {entry.text}')
-    with launch.one_line_errors():
-        step, work = build_step(entry, shape, args)
+    step, work = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.warmup):
         step()
     memory = torch.cuda.max_memory_allocated() - before if cuda else None
     if args.profile:
-        print(profile_step(step))
+        with torch.profiler.profile() as profiler:
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+        order = 'self_device_time_total' if cuda else 'self_cpu_time_total'
+        print(profiler.key_averages().table(order, 20, max_name_column_width=100))
     row = dict(model=entry.text, precision=entry.precision, shape=shape, **work)
-    return timer_of(step), dict(row, memory=memory, seconds=[])
+    return step, dict(row, memory=memory, seconds=[])
 
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     """Time each model once a round, in a drawn order; return JSON and table."""
-    with launch.one_line_errors():
-        entries = [parse_entry(text, args.mode) for text in args.models]
+    entries = [parse_entry(text, args.mode) for text in args.models]
     if args.malloc:
-        keep_memory()
-    timers, rows = zip(*(prepare(entry, args) for entry in entries))
+        launch.keep_memory()
+    steps, rows = zip(*(prepare(entry, args) for entry in entries))
     draw, order = random.Random(0), []
     for i in range(args.rounds):
         print(f'round {i + 1}/{args.rounds}')
         order.append(draw.sample(range(len(rows)), len(rows)))
         for n in order[-1]:
-            found = timers[n].blocked_autorange(min_run_time=0.05)
-            rows[n]['seconds'].append(found.median)
+            rows[n]['seconds'].append(seconds_of(steps[n], 0.05))
     ceilings, cells = measure_ceilings(args.device), []
     for row in rows:
         summarize(row, rows[0]['seconds'], args.batch_size, ceilings)
@@ -440,15 +414,14 @@ def build_loader(cfg: Config, workers: int, batch_size: int | None):
 
 def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
     """Time batches of the training's loader; return JSON and table."""
-    with launch.one_line_errors():
-        cfg = find_config(args.config)
-        launch.merge_options(cfg, args.cfg_options or {})
-        if cfg.get('train_dataloader') is None:
-            raise ValueError(f'configuration {args.config!r} has no train_dataloader')
-        launch.check_data(cfg, ('train',))
-        toolkit_of(cfg.default_scope).register()
-        set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
-        loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
+    cfg = find_config(args.config)
+    launch.merge_options(cfg, args.cfg_options or {})
+    if cfg.get('train_dataloader') is None:
+        raise ValueError(f'configuration {args.config!r} has no train_dataloader')
+    launch.check_data(cfg, ('train',))
+    toolkit_of(cfg.default_scope).register()
+    set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
+    loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
     loading, rows = {}, []
     for workers, loader in loaders.items():
         stream = chain.from_iterable(repeat(loader))
@@ -502,12 +475,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with launch.one_line_errors():
+    measure = measure_data if args.mode == 'data' else measure_models
+    # What the toolkits print does not belong into the table.
+    with launch.one_line_errors(), contextlib.redirect_stdout(sys.stderr):
         if args.out is not None:
             check_output(args.out, args.overwrite)
-    # What the toolkits print does not belong into the table.
-    with contextlib.redirect_stdout(sys.stderr):
-        result, table = (measure_data if args.mode == 'data' else measure_models)(args)
+        result, table = measure(args)
     if args.out is not None:
         result = dict(vars(args), torch=torch.__version__, **result)
         write_file(args.out, json.dumps(result, indent=1) + '\n', args.overwrite)

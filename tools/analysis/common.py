@@ -60,9 +60,8 @@ def load_model(text: str, need_head: bool = True) -> StatedModel:
     text, _, weights = text.partition('@')
     title, _, name = text.rpartition('=')
     title = title or osp.basename(name.rpartition('::')[2])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = get_model(name).requires_grad_(False)
+    torch.manual_seed(0)
+    model = get_model(name).requires_grad_(False)
     if not weights:
         return StatedModel(title, model, 'random weights (seed 0)')
     if weights == 'published':
@@ -104,7 +103,6 @@ def backbone_of(model: BaseModel) -> nn.Module:
 
 def state(axes: Axes, source: StatedModel, image: np.ndarray) -> None:
     """Write the name, size and weights of a model into axes, random ones in red."""
-    axes.set_axis_off()
     axes.text(0, 0.6, source.name, fontsize=10, weight='bold', va='bottom')
     # Names of files are long.
     lines = [f'at {image.shape[0]} x {image.shape[1]}', *wrap(source.weights, 26)]

@@ -11,7 +11,6 @@ from functools import partial
 
 import common
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -61,8 +60,7 @@ def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
 
     for name in find_stages(backbone):
         backbone.get_submodule(name).register_forward_hook(partial(keep, name))
-    with torch.no_grad():
-        backbone(inputs)
+    backbone(inputs)
     return stages
 
 
@@ -78,8 +76,7 @@ def draw(rows: list[tuple], number: int) -> Figure:
     side = int(number**0.5)
     # In inches: two lines of title above maps of the image's proportions.
     heights = [0.34 + 2.06 * min(1, im.shape[0] / im.shape[1]) for _, im, _ in rows]
-    size = 2.1 * columns, sum(heights) + 0.4
-    figure = Figure(size, layout='constrained')
+    figure = Figure((2.1 * columns, sum(heights) + 0.4), layout='constrained')
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axes in grid.flat:
         axes.set_axis_off()

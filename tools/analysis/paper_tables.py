@@ -8,7 +8,6 @@ nothing is trained or evaluated.
 """
 
 import argparse
-import importlib
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -23,9 +22,8 @@ from convmlp_mm.launch.tables import format_table
 from convmlp_mm.zoo import find_config
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where complexity.py stands.
 sys.path.insert(0, str(ROOT / 'tools'))
-complexity = importlib.import_module('complexity')
+import complexity  # noqa: E402
 
 PAPER = Path(__file__).with_suffix('.yml')
 PAGE = ROOT / 'docs' / 'efficiency.md'
@@ -47,7 +45,6 @@ def count(row: dict) -> complexity.Complexity | None:
         return None
     cfg = find_config(row['config'])
     if row.get('part') == 'backbone':
-        importlib.import_module('mmdet.models')
         backbone = dict(cfg.model.backbone, _scope_=cfg.default_scope)
         model = dict(type='ImageClassifier', backbone=backbone)
         cfg = Config(dict(default_scope='mmpretrain', model=model))

@@ -22,7 +22,6 @@ RULE = (
     'Gradient of the score of the predicted class, before the softmax;\nlargest '
     'magnitude over the colours, each map scaled from 0 to its 99th percentile.'
 )
-RIGHT, WRONG, UNKNOWN = '#1a7f37', '#c00000', '#303030'
 
 
 def compute_saliency(model: BaseModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +38,7 @@ def compute_saliency(model: BaseModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def class_names(source: common.StatedModel) -> list[str]:
     """Return the first synonym of each class, nothing if they are not known."""
-    classes = (source.model.dataset_meta or {}).get('classes') or ()
+    classes = source.model.dataset_meta.get('classes') or ()
     return [str(name).partition(',')[0] for name in classes]
 
 
@@ -47,10 +46,8 @@ def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
     """Draw the images in the first row, and a row of maps for each classifier."""
     shape = len(rows) + 1, len(truths) + 1
     figure = Figure((1.9 * shape[1], 2.15 * shape[0] + 0.4), layout='constrained')
-    grid = figure.subplots(*shape, squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+    bare = dict(xticks=[], yticks=[], frameon=False)
+    grid = figure.subplots(*shape, squeeze=False, subplot_kw=bare)
     for axes, (image, _), truth in zip(grid[0, 1:], rows[0], truths):
         axes.imshow(image)
         axes.set_title(truth or 'ground truth not given', fontsize=9)
@@ -66,7 +63,8 @@ def draw(sources: list[common.StatedModel], rows: list, truths: list) -> Figure:
                 axes.text(0.5, 0.5, 'zero everywhere', fontsize=8, **style)
             score, label = scores.softmax(0).max(0)
             name = names.get(int(label), f'class {int(label)}')
-            colour = RIGHT if name == truth else WRONG if truth else UNKNOWN
+            verdict = '#1a7f37' if name == truth else '#c00000'
+            colour = verdict if truth else '#303030'
             axes.set_xlabel(f'{name} {score:.2f}', fontsize=9, color=colour)
     figure.supxlabel(RULE, fontsize=8)
     return figure

@@ -21,6 +21,8 @@ found to OUT/STAGE.json check by check, so that what was seen before a failure s
 
 import argparse
 import glob
+import importlib
+import itertools
 import json
 import os
 import signal
@@ -30,8 +32,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# The checks of the first four stages and of the hooks are tests.
-CHECKS = ROOT / 'tests' / 'gpu'
+# Where the checks of each stage stand in tests/gpu; those without are of speed.
+STAGES = dict.fromkeys(('build', 'right'), 'equality')
+STAGES |= dict.fromkeys(('train', 'survive'), 'runs')
+STAGES |= dict.fromkeys(('infer', 'steps', 'systems', 'compiled'))
+STAGES |= dict(hooks='runs', feed=None)
 # Backbones of about the size of ConvMLP-M, as mmpretrain builds them.
 OTHERS = (
     'mmpretrain::resnet/resnet50_8xb32_in1k.py@channels-last,',
@@ -50,10 +55,11 @@ train_dataloader = dict(
     )
 )
 """
+# Images of a step, their size, and the folder in --data.
 SYSTEMS = {
-    'retinanet_convmlp_s': (2, (800, 1333)),
-    'mask_rcnn_convmlp_s': (2, (800, 1333)),
-    'semantic_fpn_convmlp_s': (4, (512, 512)),
+    'retinanet_convmlp_s': (2, (800, 1333), 'coco'),
+    'mask_rcnn_convmlp_s': (2, (800, 1333), 'coco'),
+    'semantic_fpn_convmlp_s': (4, (512, 512), 'ade/ADEChallengeData2016'),
 }
 
 
@@ -97,8 +103,8 @@ def pair(name: str, mode: str, *options: str) -> list[str]:
 def classifiers(mode: str, archs: str, precisions: list[str], *options) -> list[str]:
     """Name classifiers in both structures, each in all precisions."""
     names = [f'convmlp_{arch}_imagenet' for arch in archs]
-    jobs = [(name, mode, p, *options) for p in precisions for name in names]
-    return [text for job in jobs for text in pair(*job)]
+    pairs = (pair(name, mode, p, *options) for p in precisions for name in names)
+    return [text for both in pairs for text in both]
 
 
 def benchmarks(args: argparse.Namespace) -> dict[str, dict[str, list]]:
@@ -126,19 +132,13 @@ def benchmarks(args: argparse.Namespace) -> dict[str, dict[str, list]]:
         found['infer']['infer_256'] = models('infer', names, 256, profile)
         names = classifiers('train', 'sml', lower[1:])
         found['steps']['steps_256'] = models('train', names, 256)
-    found['compiled'] = {
-        f'{mode}_{precision}': models(
-            mode,
-            classifiers(mode, args.archs, [precision], 'compile')
-            + classifiers(mode, args.archs, [precision]),
-            batch,
-            profile,
-        )
-        for mode in ('infer', 'train')
-        for precision in two
-    }
-    found['systems'] = {}
-    for name, (images, size) in SYSTEMS.items():
+    found.update(compiled={}, systems={})
+    for mode, precision in itertools.product(('infer', 'train'), two):
+        names = classifiers(mode, args.archs, [precision], 'compile')
+        names += classifiers(mode, args.archs, [precision])
+        command = models(mode, names, batch, profile)
+        found['compiled'][f'{mode}_{precision}'] = command
+    for name, (images, size, _) in SYSTEMS.items():
         names = []
         for precision in ['tf32', 'fp16'] if gpu else ['float32']:
             baseline = f'baselines/{name.replace("convmlp_s", "resnet50")}@{precision}'
@@ -151,19 +151,11 @@ def benchmarks(args: argparse.Namespace) -> dict[str, dict[str, list]]:
         photos = args.out / 'photos.py'
         photos.write_text(ON_PHOTOS.format(root=str(ROOT), data=str(args.data)))
         workers = [n for n in (1, 2, 4, 8, 16) if n <= os.cpu_count()]
-        roots = {
-            'retinanet_convmlp_s': 'coco/',
-            'mask_rcnn_convmlp_s': 'coco/',
-            'semantic_fpn_convmlp_s': 'ade/ADEChallengeData2016/',
-            str(photos): '',
-        }
-        common = ['--workers', *workers, '--batches', 40]
+        options = ['--workers', *workers, '--batches', 40, '--cfg-options']
+        roots = {name: root for name, (_, _, root) in SYSTEMS.items()}
         found['feed'] = {
-            Path(name).stem: [
-                *('data', name, *common),
-                *('--cfg-options', f'data_root={args.data / root}/'),
-            ]
-            for name, root in roots.items()
+            Path(name).stem: ['data', name, *options, f'data_root={args.data / root}/']
+            for name, root in {**roots, str(photos): ''}.items()
         }
     return found
 
@@ -198,50 +190,31 @@ def report(args: argparse.Namespace) -> None:
         found = json.loads(path.read_text())
         print(f'\n## {stage}\n\n{state(found["machine"])}, {found["seconds"]:.0f} s\n')
         words = {True: 'passed', False: 'failed', None: ''}
-        checks = [
-            [check.pop('name'), words[check.pop('passed')], check]
-            for check in found['checks']
-        ]
-        rows = [[name, word, state(values)] for name, word, values in checks]
+        rows = [[c['name'], words[c['passed']], state(c)] for c in found['checks']]
         print(format_table(['check', '', 'found'], rows, 'markdown', (0, 1, 2)))
-        for name, _, values in checks:
-            rows = [row_of(row, values['models']) for row in values.get('models', ())]
+        for check in found['checks']:
+            rows = [row_of(row, check['models']) for row in check.get('models', ())]
             header = ['model', 'ms', 'images/s', 'ratio', 'MiB', 'rate %', 'copy %']
-            if 'loading' in values:
+            if 'loading' in check:
                 header = ['workers', 'images/s']
-                speeds = values['loading'].items()
+                speeds = check['loading'].items()
                 rows = [[n, f'{x["images_per_second"]:.0f}'] for n, x in speeds]
             if rows:
-                print(f'### {name}\n\n{format_table(header, rows, "markdown")}')
+                print(f'### {check["name"]}\n')
+                print(format_table(header, rows, 'markdown'))
 
 
 def row_of(row: dict, others: list[dict]) -> list[str]:
     """Format a model; the ratio is to the published structure with its options."""
     name, _, options = row['model'].partition('@')
-    wanted = set(options.split(',')) - {'deploy', 'graph', ''}
-    ratio = ''
-    for other in others:
-        twin, _, given = other['model'].partition('@')
-        if twin == f'published::{name}' and set(given.split(',')) - {''} == wanted:
-            ratio = f'{other["median"] / row["median"]:.2f}'
+    kept = [x for x in options.split(',') if x not in ('deploy', 'graph')]
+    twin = f'published::{name}@{",".join(kept)}'.removesuffix('@')
+    medians = {other['model']: other['median'] for other in others}
+    ratio = f'{medians[twin] / row["median"]:.2f}' if twin in medians else ''
     memory = '' if row['memory'] is None else f'{row["memory"] / 2**20:.0f}'
     shares = [f'{100 * row[key]:.0f}' for key in ('rate_share', 'copy_share')]
     speed = [f'{1e3 * row["median"]:.2f}', f'{row["images_per_second"]:.0f}']
     return [row['model'], *speed, ratio, memory, *shares]
-
-
-STAGES = (
-    'build',
-    'right',
-    'train',
-    'survive',
-    'infer',
-    'steps',
-    'systems',
-    'compiled',
-    'hooks',
-    'feed',
-)
 
 
 def run_stage(args: argparse.Namespace) -> int:
@@ -250,16 +223,10 @@ def run_stage(args: argparse.Namespace) -> int:
 
     (stage,) = args.stages
     results = Results(args, stage)
-    if stage in ('build', 'right'):
-        import equality as checks
-    elif stage in ('train', 'survive', 'hooks'):
-        import runs as checks
+    if STAGES[stage]:
+        getattr(importlib.import_module(STAGES[stage]), stage)(args, results)
     else:
-        checks = None
-    if checks is None:
         run_benchmarks(args, results, stage)
-    else:
-        getattr(checks, stage)(args, results)
     return int(any(check['passed'] is False for check in results.found['checks']))
 
 
@@ -293,7 +260,7 @@ def parse_args() -> argparse.Namespace:
     if 'feed' in args.stages and args.data is None:
         parser.error('feed needs --data, with coco, ade and photos in it')
     if not args.stages:
-        args.stages = list(STAGES[: None if args.data else -1])
+        args.stages = [name for name in STAGES if args.data or name != 'feed']
     args.out = args.out.absolute()
     args.data = args.data and args.data.absolute()
     return args
@@ -301,7 +268,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    sys.path[:0] = [str(CHECKS), str(ROOT), str(args.out / 'site')]
+    sys.path[:0] = [str(ROOT / 'tests' / 'gpu'), str(ROOT), str(args.out / 'site')]
     if args.inside:
         raise SystemExit(run_stage(args))
     args.out.mkdir(parents=True, exist_ok=True)

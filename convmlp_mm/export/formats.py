@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import json
 import os
@@ -21,81 +20,54 @@ from ..apis import switch_to_deploy
 from ..checkpoint import check_output, write_file
 from .systems import SYSTEMS, ExportError, Graph, backbone
 
-__all__ = ['FORMATS', 'Exported', 'check_request', 'export', 'write']
-
 INPUT = 'images'
 # The newest that the exporter of torch 2.2 writes.
 OPSET = 17
+# torch 2.6 or newer.
+HAS_OPEN_SIZES = hasattr(torch.export.Dim, 'DYNAMIC')
 
 
-class OnnxFormat:
-    """ONNX, with any batch and size from 32 pixels on."""
+def make_onnx(graph: Graph, sample: Tensor, properties: dict) -> tuple[bytes, Callable]:
+    """Return the content of an ONNX file, and a function of images that runs it."""
+    import onnx
+    import onnxruntime
 
-    suffix, smallest = '.onnx', 32
-
-    @staticmethod
-    def make(graph: Graph, example: Tensor, properties: dict) -> bytes:
-        """Return the content of a file."""
-        import onnx
-
-        axes = {0: 'batch', 2: 'height', 3: 'width'}
-        # The exporter upon TorchScript is the one that both stacks have; the newer one
-        # cannot leave the size open in torch 2.2.
-        newer = 'dynamo' in inspect.signature(torch.onnx.export).parameters
-        stream = io.BytesIO()
-        torch.onnx.export(
-            graph,
-            (example,),
-            stream,
-            input_names=[INPUT],
-            output_names=list(graph.outputs),
-            opset_version=OPSET,
-            dynamic_axes={INPUT: axes, **graph.outputs},
-            **(dict(dynamo=False) if newer else {}),
-        )
-        proto = onnx.load_from_string(stream.getvalue())
-        if graph.length is not None:
-            for output in proto.graph.output:
-                output.type.tensor_type.shape.dim[1].dim_value = graph.length
-        onnx.helper.set_model_props(proto, properties)
-        return proto.SerializeToString()
-
-    @staticmethod
-    def open(content: bytes) -> Callable:
-        """Return a function of images that runs a file."""
-        import onnxruntime
-
-        on_cpu = ['CPUExecutionProvider']
-        session = onnxruntime.InferenceSession(content, providers=on_cpu)
-        return lambda images: session.run(None, {INPUT: images.numpy()})
+    # The exporter upon TorchScript is the one that both stacks have; the newer one
+    # cannot leave the size open in torch 2.2.
+    options = dict(dynamo=False) if HAS_OPEN_SIZES else {}
+    axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **graph.outputs}
+    options.update(dynamic_axes=axes, input_names=[INPUT], opset_version=OPSET)
+    stream = io.BytesIO()
+    torch.onnx.export(
+        graph, (sample,), stream, output_names=list(graph.outputs), **options
+    )
+    proto = onnx.load_from_string(stream.getvalue())
+    # It does not find all the lengths of axes that are not open.
+    for output, values in zip(proto.graph.output, graph(sample)):
+        for axis in set(range(values.ndim)) - set(graph.outputs[output.name]):
+            output.type.tensor_type.shape.dim[axis].dim_value = values.shape[axis]
+    onnx.helper.set_model_props(proto, properties)
+    content = proto.SerializeToString()
+    on_cpu = ['CPUExecutionProvider']
+    session = onnxruntime.InferenceSession(content, providers=on_cpu)
+    return content, lambda images: session.run(None, {INPUT: images.numpy()})
 
 
-class TorchFormat:
-    """``torch.export``, with any batch, and sides above the largest stride, 128.
-
-    It takes a map of one position for one that always has one.
-    """
-
-    suffix, smallest = '.pt2', 129
-
-    @staticmethod
-    def make(graph: Graph, example: Tensor, properties: dict) -> bytes:
-        """Return the content of a file."""
-        axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-        program = torch.export.export(graph, (example,), dynamic_shapes=(axes,))
-        stream = io.BytesIO()
-        extra = {'metadata.json': json.dumps(properties)}
-        torch.export.save(program, stream, extra_files=extra)
-        return stream.getvalue()
-
-    @staticmethod
-    def open(content: bytes) -> Callable:
-        """Return a function of images that runs a file."""
-        module = torch.export.load(io.BytesIO(content)).module()
-        return lambda images: [output.numpy() for output in module(images)]
+def make_pt2(graph: Graph, sample: Tensor, properties: dict) -> tuple[bytes, Callable]:
+    """Return the content of a ``torch.export`` file, and a function that runs it."""
+    axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(graph, (sample,), dynamic_shapes=(axes,))
+    stream = io.BytesIO()
+    extra = {'metadata.json': json.dumps(properties)}
+    torch.export.save(program, stream, extra_files=extra)
+    stream.seek(0)
+    module = torch.export.load(stream).module()
+    return stream.getvalue(), lambda images: [x.numpy() for x in module(images)]
 
 
-FORMATS = dict(onnx=OnnxFormat, torch=TorchFormat)
+# The function, how files end, and the smallest side to compare at: torch.export takes a
+# map of one position for one that always has one, and the largest stride is 128.
+FORMATS = dict(onnx=(make_onnx, '.onnx', 32), torch=(make_pt2, '.pt2', 129))
 
 
 @dataclass
@@ -121,12 +93,12 @@ def check_request(
 
     For arguments and errors see :func:`export` and :func:`write`; a path is optional.
     """
-    suffix = FORMATS[form].suffix
+    _, suffix, _ = FORMATS[form]
     if path is not None and not str(path).endswith(suffix):
         raise ValueError(
             f'the file of format {form!r} must end with {suffix!r}, but got {path!r}'
         )
-    if form == 'torch' and not hasattr(torch.export.Dim, 'DYNAMIC'):
+    if form == 'torch' and not HAS_OPEN_SIZES:
         raise ImportError(
             "format 'torch' needs torch 2.6 or newer: torch.export of torch "
             f"{torch.__version__} fixes batch and size; format 'onnx' does not"
@@ -177,12 +149,13 @@ def export(
         ImportError: If torch is too old.
     """
     check_request(model.cfg, None, part, form)
-    chosen, kind = FORMATS[form], type(model).__name__
-    if min(shape) < chosen.smallest:
+    make, _, smallest = FORMATS[form]
+    if min(shape) < smallest:
         raise ValueError(
-            f'the shape must be at least {chosen.smallest} {chosen.smallest} for '
-            f'format {form!r}, but got {shape[0]} {shape[1]}'
+            f'the shape must be at least {smallest} {smallest} for format {form!r}, '
+            f'but got {shape[0]} {shape[1]}'
         )
+    kind = type(model).__name__
     deployed = copy.deepcopy(model)
     switch_to_deploy(deployed)
     deployed.requires_grad_(False)
@@ -197,8 +170,7 @@ def export(
         properties = dict(graph.properties, model=kind, part=part, **(notes or {}))
         for key, value in properties.items():
             properties[key] = value if isinstance(value, str) else json.dumps(value)
-        content = chosen.make(graph, example, properties)
-        run = chosen.open(content)
+        content, run = make(graph, example, properties)
     return Exported(content, run, graph, shape)
 
 

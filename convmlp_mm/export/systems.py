@@ -17,8 +17,6 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-__all__ = ['NO_LABEL', 'SYSTEMS', 'ExportError', 'Graph', 'backbone']
-
 # The label of the places in a list of detections that no detection takes.
 NO_LABEL = -1
 
@@ -30,34 +28,22 @@ class ExportError(ValueError):
 class Graph(nn.Module):
     """A model behind the arithmetic of its data preprocessor.
 
-    Args:
-        model: A model of a toolkit.
-        compute: Maps model, preprocessed images and their size before padding to the
-            outputs.
-        outputs: Their names, each with its open axes.
-        length: That of the second axis of all outputs, if it is to be stated.
-        notes: Properties of the file beside those that all files have.
+    ``compute`` maps model, preprocessed images and their size before padding to the
+    ``outputs``, which are given as their names, each with its open axes. ``notes`` are
+    properties of the file beside those that all files have.
     """
 
     def __init__(
-        self,
-        model: BaseModel,
-        compute: Callable[..., tuple[Tensor, ...]],
-        outputs: dict[str, dict[int, str]],
-        length: int | None = None,
-        **notes,
+        self, model: BaseModel, compute: Callable, outputs: dict[str, dict], **notes
     ) -> None:
         super().__init__()
-        self.model, self.compute = model, compute
-        self.outputs, self.length = outputs, length
+        self.model, self.compute, self.outputs = model, compute, outputs
         settings = model.cfg.model.get('data_preprocessor') or {}
         to_rgb = settings.get('bgr_to_rgb') or settings.get('to_rgb')
-        self.order = 'RGB' if to_rgb else 'BGR'
         given = model.data_preprocessor
-        mean = getattr(given, 'mean', torch.zeros(3, 1, 1))
-        std = getattr(given, 'std', torch.ones(3, 1, 1))
-        self.register_buffer('mean', mean.detach().clone())
-        self.register_buffer('std', std.detach().clone())
+        for name, neutral in (('mean', 0.0), ('std', 1.0)):
+            value = getattr(given, name, torch.full((3, 1, 1), neutral))
+            self.register_buffer(name, value.clone())
         # mmseg has names of its own: pad_val, and test_cfg for the padding in tests.
         test_cfg = getattr(given, 'test_cfg', None) or {}
         _require('data_preprocessor.test_cfg.size', test_cfg.get('size'), None)
@@ -65,11 +51,11 @@ class Graph(nn.Module):
         self.divisor = padding or 1
         self.pad_value = getattr(given, 'pad_value', getattr(given, 'pad_val', 0))
         self.properties = dict(
-            channel_order=self.order,
+            channel_order='RGB' if to_rgb else 'BGR',
             value_range=[0, 255],
             normalized_inside=True,
-            mean=mean.flatten().tolist(),
-            std=std.flatten().tolist(),
+            mean=self.mean.flatten().tolist(),
+            std=self.std.flatten().tolist(),
             padded_inside_to=self.divisor,
             classes=list(model.dataset_meta.get('classes') or ()),
             outputs=list(outputs),
@@ -96,8 +82,7 @@ def _require(name: str, value: object, allowed: object) -> None:
 
 def backbone(model: BaseModel) -> Graph:
     """Export the backbone of any model: ``feature_0`` and so on, (N, C, h, w)."""
-    with torch.no_grad():
-        maps = model.backbone(torch.zeros(1, 3, 128, 128))
+    maps = model.backbone(torch.zeros(1, 3, 128, 128))
     outputs = {
         f'feature_{i}': {0: 'batch', 2: f'height_{i}', 3: f'width_{i}'}
         for i in range(len(maps))
@@ -170,9 +155,8 @@ def retinanet(model: BaseModel) -> Graph:
     for key in ('nms_pre', 'max_per_img'):
         if cfg.get(key, -1) <= 0:
             raise ExportError(f'test_cfg.{key} must be above 0, but is {cfg.get(key)}')
-    length = min(cfg.max_per_img, head.prior_generator.num_levels * cfg.nms_pre)
     outputs = dict.fromkeys(('boxes', 'scores', 'labels'), {0: 'batch'})
-    return Graph(model, _detect, outputs, length, test_cfg=cfg.to_dict())
+    return Graph(model, _detect, outputs, test_cfg=cfg.to_dict())
 
 
 def _detect(model: BaseModel, images: Tensor, size: tuple) -> tuple[Tensor, ...]:
@@ -193,7 +177,7 @@ def _detect(model: BaseModel, images: Tensor, size: tuple) -> tuple[Tensor, ...]
     scores = _suppress(cfg.nms, boxes, scores, labels, valid)
     scores, order = scores.topk(min(cfg.max_per_img, scores.shape[1]), dim=1)
     found = scores > 0
-    boxes = _take_rows(boxes, order) * found[..., None]
+    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * found[..., None]
     return boxes, scores, labels.gather(1, order).masked_fill(~found, NO_LABEL)
 
 
@@ -214,9 +198,8 @@ def _decode_best(
     best, order = logits.topk(number, dim=1)
     order = (order - number).clamp(min=0)
     labels, order = order % head.cls_out_channels, order // head.cls_out_channels
-    boxes = head.bbox_coder.decode(
-        anchors[order].flatten(0, 1), _take_rows(deltas, order).flatten(0, 1)
-    )
+    deltas = deltas.gather(1, order[..., None].expand(-1, -1, 4))
+    boxes = head.bbox_coder.decode(anchors[order].flatten(0, 1), deltas.flatten(0, 1))
     return boxes.reshape(batch, number, 4), best.sigmoid(), labels
 
 
@@ -236,11 +219,6 @@ def _suppress(
     kept = torchvision.ops.nms(apart, flat[candidates], nms.iou_threshold)
     kept = candidates[kept]
     return torch.zeros_like(flat).scatter(0, kept, flat[kept]).reshape(scores.shape)
-
-
-def _take_rows(values: Tensor, order: Tensor) -> Tensor:
-    """Select rows of (N, M, 4) by (N, K)."""
-    return values.gather(1, order[..., None].expand(-1, -1, 4))
 
 
 SYSTEMS = dict(

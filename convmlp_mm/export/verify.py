@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -20,14 +19,13 @@ from ..toolkits import toolkit_of
 from .formats import Exported, refusing
 from .systems import NO_LABEL, ExportError
 
-__all__ = ['TOLERANCE', 'draw_images', 'verify']
-
 # The most that |exported - PyTorch| / max(1, |PyTorch|) may be, and the overlap of two
 # boxes: mmcv shifts boxes by class, after which float32 tells them to 1/128 pixel.
 TOLERANCE, OVERLAP = 1e-4, 1e-2
 Arrays = dict[str, np.ndarray]
 
 
+@torch.no_grad()
 def verify(
     exported: Exported, model: BaseModel, images: Sequence[np.ndarray] | None = None
 ) -> None:
@@ -57,11 +55,11 @@ def verify(
     exported.differences, exported.detections = None, 0
     differences = {}
     for chosen, size in checks:
-        fitted = [ImageOps.fit(Image.fromarray(one), size[::-1]) for one in chosen]
-        batch = np.stack(fitted)
-        pixels = batch[..., ::-1] if graph.order == 'RGB' else batch
-        pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32))
-        with refusing(f'the exported {kind} does not run'), torch.no_grad():
+        batch = np.stack([ImageOps.fit(Image.fromarray(x), size[::-1]) for x in chosen])
+        pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).float()
+        if graph.properties['channel_order'] == 'RGB':
+            pixels = pixels.flip(1)
+        with refusing(f'the exported {kind} does not run'):
             found = dict(zip(graph.outputs, exported.run(pixels)))
         if 'boxes' in found:
             exported.detections += int((found['labels'] != NO_LABEL).sum())
@@ -108,7 +106,6 @@ def toolkit_results(model: BaseModel, batch: np.ndarray) -> list[Arrays]:
     return [_read_result(model, s) for s in model.test_step(_to_data(model, batch))]
 
 
-@torch.no_grad()
 def _compare_arrays(model: BaseModel, batch: np.ndarray, found: Arrays) -> dict:
     """Return the largest difference of each output."""
     if 'feature_0' in found:
@@ -151,15 +148,14 @@ def _compare_detections(model: BaseModel, batch: np.ndarray, found: Arrays) -> d
     return dict(detections=float(np.max(distances, initial=0)), selection=float(wrong))
 
 
-@torch.no_grad()
 def _candidates(model: BaseModel, batch: np.ndarray) -> Arrays:
     """Return boxes of mmdet before the suppression, and some more.
 
     Rounding decides which of those at the limits of score and number are taken.
     """
-    head = model.bbox_head
-    cfg = copy.deepcopy(head.test_cfg)
-    cfg.nms_pre, cfg.score_thr = 2 * cfg.nms_pre, cfg.get('score_thr', 0) - TOLERANCE
+    head, given = model.bbox_head, model.bbox_head.test_cfg
+    cfg = ConfigDict(given, nms_pre=2 * given.nms_pre)
+    cfg.score_thr = given.get('score_thr', 0) - TOLERANCE
     data = model.data_preprocessor(_to_data(model, batch), False)
     (sample,) = data['data_samples']
     maps = head(model.extract_feat(data['inputs']))

@@ -257,6 +257,12 @@ def test_each_of_several_metrics_keeps_its_best(tmp_path):
     ]
 
 
+@pytest.mark.parametrize('options', [{}, dict(save_best='acc')])
+def test_validation_without_a_training_saves_nothing(tmp_path, options):
+    assert build(tmp_path, scores=[0.1], **options).val() == dict(acc=0.1)
+    assert saved(tmp_path) == []
+
+
 def test_name_that_is_used_again_is_not_removed(tmp_path):
     options = dict(max_keep_ckpts=1, save_best='acc', rule='less')
     train(tmp_path, 1, [0.1], **options)

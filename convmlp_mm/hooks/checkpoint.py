@@ -328,8 +328,10 @@ class SafeCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         """Save the best checkpoints, and then remove the former ones."""
-        with self._saving(runner):
-            super().after_val_epoch(runner, metrics)
+        # ``runner.val()`` alone has nothing to save.
+        if is_training(runner):
+            with self._saving(runner):
+                super().after_val_epoch(runner, metrics)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         """Save the latest checkpoint and note it, and remove then what it replaces."""

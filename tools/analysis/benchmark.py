@@ -330,7 +330,8 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple:
     shape = tuple(args.shape or default_shape(entry.cfg))
     before = torch.cuda.memory_allocated() if cuda else 0
     print(f'preparing {entry.text}')
-    step, work = build_step(entry, shape, args)
+    with launch.one_line_errors():
+        step, work = build_step(entry, shape, args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(args.warmup):
@@ -349,7 +350,8 @@ def prepare(entry: Entry, args: argparse.Namespace) -> tuple:
 
 def measure_models(args: argparse.Namespace) -> tuple[dict, str]:
     """Time each model once a round, in a drawn order; return JSON and table."""
-    entries = [parse_entry(text, args.mode) for text in args.models]
+    with launch.one_line_errors():
+        entries = [parse_entry(text, args.mode) for text in args.models]
     if args.malloc:
         launch.keep_memory()
     steps, rows = zip(*(prepare(entry, args) for entry in entries))
@@ -414,14 +416,15 @@ def build_loader(cfg: Config, workers: int, batch_size: int | None):
 
 def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
     """Time batches of the training's loader; return JSON and table."""
-    cfg = find_config(args.config)
-    launch.merge_options(cfg, args.cfg_options or {})
-    if cfg.get('train_dataloader') is None:
-        raise ValueError(f'configuration {args.config!r} has no train_dataloader')
-    launch.check_data(cfg, ('train',))
-    toolkit_of(cfg.default_scope).register()
-    set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
-    loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
+    with launch.one_line_errors():
+        cfg = find_config(args.config)
+        launch.merge_options(cfg, args.cfg_options or {})
+        if cfg.get('train_dataloader') is None:
+            raise ValueError(f'configuration {args.config!r} has no train_dataloader')
+        launch.check_data(cfg, ('train',))
+        toolkit_of(cfg.default_scope).register()
+        set_multi_processing(**(cfg.get('env_cfg') or {}).get('mp_cfg', {}))
+        loaders = {n: build_loader(cfg, n, args.batch_size) for n in args.workers}
     loading, rows = {}, []
     for workers, loader in loaders.items():
         stream = chain.from_iterable(repeat(loader))
@@ -476,10 +479,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     measure = measure_data if args.mode == 'data' else measure_models
-    # What the toolkits print does not belong into the table.
-    with launch.one_line_errors(), contextlib.redirect_stdout(sys.stderr):
+    with launch.one_line_errors():
         if args.out is not None:
             check_output(args.out, args.overwrite)
+    # What the toolkits print does not belong into the table.
+    with contextlib.redirect_stdout(sys.stderr):
         result, table = measure(args)
     if args.out is not None:
         result = dict(vars(args), torch=torch.__version__, **result)

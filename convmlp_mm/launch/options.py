@@ -80,9 +80,11 @@ def load_config(args: argparse.Namespace) -> Config:
         # These would train beside the hooks that make runs whole and exact.
         raise ValueError('the tools train with DDP only, without strategy')
     cfg.launcher = args.launcher
-    name = osp.splitext(osp.basename(args.config))[0]
-    default = osp.join('work_dirs', name)
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or default
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('work_dirs', name)
     for loader in (cfg.get(f'{split}_dataloader') or {} for split in SPLITS):
         # torch refuses these options of workers where there are none.
         for key in WORKER_KEYS if not loader.get('num_workers') else ():

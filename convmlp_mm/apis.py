@@ -24,6 +24,14 @@ from .hooks.model import use_channels_last
 from .toolkits import toolkit_of
 from .zoo import find_config, give_visualizer, published_weights
 
+__all__ = [
+    'build_model',
+    'get_inferencer',
+    'get_model',
+    'load_weights',
+    'switch_to_deploy',
+]
+
 
 def build_model(cfg: Config) -> BaseModel:
     """Build the model of a configuration in the scope of its toolkit.

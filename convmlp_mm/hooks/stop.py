@@ -308,7 +308,8 @@ def _give_back() -> None:
 # The mask of signals belongs to the thread that forks.
 _fork = threading.local()
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork)
-# No child inherits the handlers: one that is told to end must end.
+# No child inherits the handlers: one that is told to end must end. They are called in
+# this order, and a signal that waits comes when the mask is lifted.
 os.register_at_fork(after_in_child=_give_back)
 os.register_at_fork(after_in_child=_after_fork)
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import common
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def extract_stages(model: BaseModel, inputs: Tensor) -> dict[str, Tensor]:
 
     for name in find_stages(backbone):
         backbone.get_submodule(name).register_forward_hook(partial(keep, name))
-    backbone(inputs)
+    with torch.no_grad():
+        backbone(inputs)
     return stages
 
 

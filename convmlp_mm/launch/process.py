@@ -24,9 +24,18 @@ from ..hooks.stop import PREEMPTED
 MISTAKE = 2
 
 # Trying again does not help against these, as it may where memory or a network fails.
-MISTAKES = (ArithmeticError, AssertionError, AttributeError, FileNotFoundError)
-MISTAKES += (ImportError, LookupError, NameError, PermissionError)
-MISTAKES += (TypeError, ValueError)
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    FileNotFoundError,
+    ImportError,
+    LookupError,
+    NameError,
+    PermissionError,
+    TypeError,
+    ValueError,
+)
 # Nor does it against these; other errors of a far disk may pass.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

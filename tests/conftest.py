@@ -1,15 +1,18 @@
 """What several test files use."""
 
+import gc
 import os
 import runpy
 import signal
 import sys
 from collections import OrderedDict
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from mmengine.visualization import Visualizer
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sub-processes of the tests must find the checkout as this process does.
@@ -44,6 +47,22 @@ def signals_of_the_process():
         signal.signal(number, handler)
 
 
+def end_workers():
+    """End those that a training has left: the garbage collector waits 5 s for each.
+
+    It closes their queues before the loader can tell them to end.
+    """
+    for each in gc.get_objects() if active_children() else ():
+        if type(each) is _MultiProcessingDataLoaderIter:
+            each._shutdown_workers()
+
+
+@pytest.fixture(autouse=True)
+def workers_of_the_process():
+    yield
+    end_workers()
+
+
 @pytest.fixture(autouse=True)
 def plain_logs(monkeypatch):
     """Most of the time of a short run goes into the layout of what it logs."""
@@ -71,6 +90,7 @@ def tool(monkeypatch, capsys):
                 runpy.run_module(name, run_name='__main__')
         except SystemExit as stop:
             code = stop.code or 0
+        end_workers()
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 

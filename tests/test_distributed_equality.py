@@ -35,7 +35,7 @@ from convmlp_mm.launch import build_runner, closing_group
 pytestmark = pytest.mark.xdist_group('equality')
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SIZE = 64
-STEPS = 10
+STEPS = 5
 CLASSES = ('circle', 'square', 'star')
 # By configuration.
 METRICS = {
@@ -148,7 +148,7 @@ def semantic_fpn(root):
 
 
 def train(cfg, sync_bn=True):
-    """Train ten steps of two images; return the losses, weights and buffers."""
+    """Train STEPS steps of two images; return the losses, weights and buffers."""
     cfg.model.backbone.update(init_cfg=None, drop_path_rate=0.0)
     cfg.train_dataloader.update(
         num_workers=0,
@@ -316,8 +316,8 @@ def run_cases(root, work_dir):
     """Run everything in this process, which may be one of two."""
     distributed = dist.is_initialized()
     cases = dict(
-        retinanet=partial(retinanet, root, 'same20.json'),
-        retinanet_varied=partial(retinanet, root, 'varied20.json', images=4),
+        retinanet=partial(retinanet, root, f'same{2 * STEPS}.json'),
+        retinanet_varied=partial(retinanet, root, f'varied{2 * STEPS}.json', images=4),
         semantic_fpn=partial(semantic_fpn, root),
     )
     for name in METRICS:

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from convmlp_mm import BFloat16OptimWrapper, SummaryHook
-from convmlp_mm.hooks import statistics
+from convmlp_mm.hooks.summary import read_curves
 
 # mmengine keeps loggers and visualizers by the name of the experiment.
 NUMBERS = itertools.count()
@@ -139,7 +139,7 @@ def test_summary_and_curves_of_a_resumed_run_know_what_was_before(tmp_path):
     text = summary(runner)
     assert 'trained  6 iterations in' in text
     assert 'coco/bbox_mAP 0.5000 after epoch 2\n' in text
-    trained, validated = statistics.read_curves(str(tmp_path))
+    trained, validated = read_curves(str(tmp_path))
     assert validated['coco/bbox_mAP'] == {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2}
     assert list(trained['loss']) == list(range(1, 13))
 
@@ -153,7 +153,7 @@ def test_summary_without_validation_and_without_the_first_process(
     assert 'best' not in summary(runner)
     assert_figure(tmp_path / 'a')
 
-    monkeypatch.setattr(statistics, 'is_main_process', lambda: False)
+    monkeypatch.setattr('convmlp_mm.hooks.summary.is_main_process', lambda: False)
     runner = make_runner(tmp_path / 'b', hooks=[SummaryHook()])
     runner.train()
     assert summary(runner) == ''
@@ -170,7 +170,7 @@ def test_half_a_line_and_values_that_are_no_numbers_are_passed_over(tmp_path):
     path = tmp_path / '20200101_000000' / 'vis_data' / 'scalars.json'
     path.parent.mkdir(parents=True)
     path.write_text(text + '\n{"iter": 3, "step": 3, "lo')
-    trained, validated = statistics.read_curves(str(tmp_path))
+    trained, validated = read_curves(str(tmp_path))
     assert trained['loss'] == {1: 2.0} and trained['lr'] == {1: 0.1, 2: 0.1}
     assert 'note' not in trained and validated == dict(bbox_mAP={1: 0.5})
 
@@ -195,7 +195,7 @@ def test_summary_is_not_given_when_the_run_fails(tmp_path):
 def test_metrics_of_a_test_are_written_by_the_first_process(
     tmp_path, monkeypatch, main
 ):
-    monkeypatch.setattr(statistics, 'is_main_process', lambda: main)
+    monkeypatch.setattr('convmlp_mm.hooks.summary.is_main_process', lambda: main)
     runner = make_runner(tmp_path, [0.3])
     runner._test_dataloader = runner._val_dataloader
     runner._test_evaluator = runner._val_evaluator

@@ -2,6 +2,8 @@
 # place. Each file beside this one joins it to the recipe of one system.
 custom_imports = dict(imports=['convmlp_mm'], allow_failed_imports=False)
 # A configuration that replaces custom_hooks is told which of these it leaves out.
+# Their order is that of the priority of each class, which its entry here can change:
+# dict(type='SummaryHook', priority='LOW'). The log of a run lists it.
 runtime_hooks = [
     # load_from takes published weights, and all of the backbone or nothing.
     dict(type='CheckWeightsHook'),

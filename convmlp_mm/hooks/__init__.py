@@ -10,8 +10,9 @@ from .model import (
     CompileBackboneHook,
 )
 from .resume import ExactResumeHook
-from .statistics import MainProcessLoggerHook, SummaryHook, SyncStatisticsHook
+from .statistics import SyncStatisticsHook
 from .stop import FiniteLossHook, PreemptionHook
+from .summary import MainProcessLoggerHook, SummaryHook
 
 __all__ = [
     'AgreementHook',

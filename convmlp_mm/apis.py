@@ -1,7 +1,5 @@
 """Build configured models and inferencers, of this package and of the toolkits."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections import Counter

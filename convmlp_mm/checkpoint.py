@@ -7,8 +7,6 @@ nothing is loaded and the error says what is wrong. Names, shapes and values are
 that this module knows: no model zoo, no configuration, none of the backbone's code.
 """
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import io

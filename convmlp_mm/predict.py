@@ -4,8 +4,6 @@ What they lack for that: results keep the names of the images, files are in form
 others read, and an image that is cut off is refused.
 """
 
-from __future__ import annotations
-
 import os
 import os.path as osp
 from itertools import chain, count

@@ -3,8 +3,6 @@
 What depends on ``default_scope`` and is wanted in several places stands here.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ What is known about a model stands in ``configs/metafile_*.yml`` and nowhere els
 ``convmlp_mm/.mim``, where mim and mmengine look for them.
 """
 
-from __future__ import annotations
-
 import copy
 import fnmatch
 import math

@@ -1,7 +1,5 @@
 """Files of graphs: what can be asked for, how they are made, opened and written."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

@@ -5,8 +5,6 @@ not have. A graph has no loop over images and no branch on values, so that batch
 size of the images stay open.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """What the toolkits compute of images, and how far an exported file is from it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import attrgetter
 

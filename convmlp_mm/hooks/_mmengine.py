@@ -4,8 +4,6 @@ Each function says what mmengine offers no public way for. When the engine moves
 ``tests/test_mmengine.py`` names what has changed, and the mend belongs here.
 """
 
-from __future__ import annotations
-
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import BaseLoop, Runner
 

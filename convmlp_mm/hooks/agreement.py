@@ -1,7 +1,5 @@
 """Let the processes of a run agree on where it stands before they train."""
 
-from __future__ import annotations
-
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,8 +12,6 @@ from mmengine.runner import Runner
 
 from ..checkpoint import some_of
 from ._mmengine import accumulative_counts, is_resumed, load_from
-
-__all__ = ['AgreementHook']
 
 # The key in the meta of a checkpoint for what its states do not say.
 KEY = 'recipe'

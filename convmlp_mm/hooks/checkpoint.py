@@ -1,7 +1,5 @@
 """CheckpointHook that survives kills and full disks, and resumes what is whole."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import logging
@@ -29,18 +27,6 @@ from ..checkpoint import (
 from ._mmengine import is_resumed, is_training, load_from, set_start
 from .resume import KEY, check_state
 from .work_dir import KEY as LAUNCH
-
-__all__ = [
-    'AtomicLocalBackend',
-    'NotSavedError',
-    'SafeCheckpointHook',
-    'check_resumable',
-    'checkpoint_hooks',
-    'find_latest_checkpoint',
-    'keep_own_files',
-    'named_checkpoint',
-    'remove_checkpoint',
-]
 
 # The file in which the Runner notes its last checkpoint.
 NOTE = 'last_checkpoint'

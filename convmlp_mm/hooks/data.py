@@ -1,7 +1,5 @@
 """Check the data of a run: once before it, and each file when it is read."""
 
-from __future__ import annotations
-
 import os.path as osp
 import re
 from collections.abc import Iterator
@@ -17,8 +15,6 @@ from torch import nn
 from ..checkpoint import some_of
 from ..convmlp import ConvMLP
 from .model import unwrap_model
-
-__all__ = ['CheckDataHook', 'check_heads', 'check_neck', 'walk_datasets']
 
 # Places where the models of the three toolkits have what predicts the classes.
 HEADS = re.compile(

@@ -1,7 +1,5 @@
 """What changes or checks the model before it runs, and bfloat16 on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,19 +24,6 @@ from ..checkpoint import (
 from ..convmlp import ConvMLP
 from ._mmengine import is_resumed, is_training, load_from
 from .checkpoint import check_resumable, keep_own_files, named_checkpoint
-
-__all__ = [
-    'BFloat16OptimWrapper',
-    'ChannelsLastHook',
-    'CheckWeightsHook',
-    'CompileBackboneHook',
-    'compile_backbone',
-    'has_bfloat16',
-    'needs_contiguous',
-    'operator_of_mmcv',
-    'unwrap_model',
-    'use_channels_last',
-]
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

@@ -1,7 +1,5 @@
 """Make a resumed run the run that it would have been."""
 
-from __future__ import annotations
-
 import bisect
 import random
 from collections.abc import Callable, Iterator
@@ -17,8 +15,6 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
 from ._mmengine import is_resumed, is_training, train_loader_settings
-
-__all__ = ['ExactResumeHook', 'check_state', 'get_random_state', 'set_random_state']
 
 # The key of a checkpoint.
 KEY = 'exact_resume'

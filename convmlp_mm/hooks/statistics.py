@@ -1,7 +1,5 @@
 """Running statistics of BN that are those of all processes."""
 
-from __future__ import annotations
-
 from mmengine.dist import is_distributed
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -10,8 +8,6 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .stop import StepHook
-
-__all__ = ['SyncStatisticsHook']
 
 
 @HOOKS.register_module()

@@ -1,7 +1,5 @@
 """Stop a run in all processes at once: on a signal, or at a loss that is no number."""
 
-from __future__ import annotations
-
 import logging
 import os
 import os.path as osp
@@ -24,8 +22,6 @@ from ..checkpoint import find_not_finite, some_of
 from ._mmengine import is_training, save_now
 from .checkpoint import PREEMPTED_FILE as KEY
 from .checkpoint import checkpoint_hooks, named_checkpoint, remove_checkpoint
-
-__all__ = ['PREEMPTED', 'FiniteLossHook', 'PreemptionHook', 'StepHook', 'average']
 
 # The exit code of a run that was saved and stopped, to go on in another allocation.
 # tools/slurm_run.sh knows it.

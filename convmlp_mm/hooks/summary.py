@@ -1,7 +1,5 @@
 """What a run tells of itself: its metrics, and a summary with curves at its end."""
 
-from __future__ import annotations
-
 import glob
 import io
 import json
@@ -18,8 +16,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 from ..checkpoint import write_file
-
-__all__ = ['MainProcessLoggerHook', 'SummaryHook']
 
 # The metrics by which the paper reports, in this order; higher is better.
 HEADLINES = ('bbox_mAP', 'segm_mAP', 'mIoU', 'top1')

@@ -1,7 +1,5 @@
 """Who writes in a work dir: one run at a time, and which launch of it."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -15,8 +13,6 @@ from collections.abc import Iterator
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-
-__all__ = ['LaunchHook', 'work_dir_lock']
 
 # This file of the work dir says who holds it. What a run that was killed has left of it
 # is not locked.

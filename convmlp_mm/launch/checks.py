@@ -1,7 +1,5 @@
 """What is checked before a run begins: settings, data, annotations and GPUs."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

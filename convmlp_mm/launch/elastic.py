@@ -12,8 +12,6 @@ imports of the package would take seconds. It is torchrun but for four things:
   reach. Whoever reaches the store of a rendezvous can have the launcher run code.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

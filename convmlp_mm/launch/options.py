@@ -1,7 +1,5 @@
 """Options that tools share, and how they change a configuration."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import os.path as osp

@@ -1,7 +1,5 @@
 """Settings of a process, and how it ends: messages, exit codes and its group."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

@@ -1,7 +1,5 @@
 """The Runner of a configuration, where it is started and by whom."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tables that the tools print."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Collection, Sequence

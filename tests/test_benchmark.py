@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from reference import PublishedConvMLP
+from reference import PublishedConvMLP, check_equal
 from tiny import ARCH, write_config, write_data
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -58,7 +58,7 @@ def test_twin_computes_the_same_and_the_check_changes_nothing(kwargs):
     ours, twin = pair(**kwargs)
     before = {k: v.clone() for k, v in ours.state_dict().items()}
     state = torch.get_rng_state()
-    benchmark.check_equal(ours, twin)
+    check_equal(ours, twin)
     assert torch.equal(torch.get_rng_state(), state)
     for model in (ours, twin):
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -87,7 +87,7 @@ def test_structure_that_differs_is_refused(change):
     ours, twin = pair()
     change(twin)
     with pytest.raises(ValueError, match='does not compute the same and is not timed'):
-        benchmark.check_equal(ours, twin)
+        check_equal(ours, twin)
 
 
 def test_twin_keeps_contiguous_memory():

@@ -107,46 +107,9 @@ def published_backbone(ours: ConvMLP, settings: dict) -> nn.Module:
     twin.load_state_dict(ours.state_dict())
     twin.train(ours.training)
     if settings not in CHECKED:
-        check_equal(ours, twin)
+        reference['check_equal'](ours, twin)
         CHECKED.append(settings)
     return twin
-
-
-def check_equal(ours: nn.Module, twin: nn.Module) -> None:
-    """Refuse two backbones that do not compute the same; neither is changed.
-
-    In float64, from drawn BN statistics: the maps in both modes, with the same
-    stochastic depth, and in training the gradients and the BN statistics thereafter.
-    Each may differ by 1e-6 of its largest value.
-    """
-    found = _compute(twin)
-    for name, expected in _compute(ours).items():
-        scale = expected.abs().max().clamp(min=1e-300)
-        difference = float((found[name] - expected).abs().max() / scale)
-        if not difference <= 1e-6:
-            raise ValueError(
-                'the published structure does not compute the same and is not timed: '
-                f'{name} differs by {difference:.1e} of its largest value'
-            )
-
-
-def _compute(backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """Run a copy in both modes; what it computes, by name."""
-    backbone = copy.deepcopy(backbone).cpu().double()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        channels = backbone.tokenizer.block[0].in_channels
-        image = torch.randn(2, channels, 64, 64, dtype=torch.double).requires_grad_()
-        for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 1.5)
-        maps, trained = backbone.eval()(image), backbone.train()(image)
-    sum((x * x).mean() for x in trained).backward()
-    found = {f'map {i}': x for i, x in enumerate((*maps, *trained))}
-    found['gradient of the image'] = image.grad
-    found.update({f'gradient of {k}': p.grad for k, p in backbone.named_parameters()})
-    found.update(backbone.named_buffers())
-    return {k: v.detach().double() for k, v in found.items() if v is not None}
 
 
 def draw_batch(model: nn.Module, batch_size: int, shape: tuple[int, int]) -> dict:

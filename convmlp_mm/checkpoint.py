@@ -113,12 +113,6 @@ def remove_leftovers(folder: str | os.PathLike) -> list[str]:
     return names
 
 
-def hash_file(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, 'rb') as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
 # Reading: a checkpoint is data, and nothing that it names is run.
 
 
@@ -318,6 +312,16 @@ def locate_checkpoint(filename: str | os.PathLike) -> str:
     if '://' not in filename and not osp.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename!r} does not exist')
     return filename
+
+
+def describe_checkpoint(filename: str) -> str:
+    """Return the name of a checkpoint's file and the first digits of its SHA-256."""
+    path = locate_checkpoint(filename)
+    if '://' in path:
+        return osp.basename(filename)
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return f'{osp.basename(filename)} (SHA-256 {digest[:8]})'
 
 
 def _download(url: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from convmlp_mm import __version__
 from convmlp_mm.apis import build_model, load_weights
-from convmlp_mm.checkpoint import hash_file, locate_checkpoint
+from convmlp_mm.checkpoint import describe_checkpoint
 from convmlp_mm.export import FORMATS, check_request, export, verify, write
 from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
 from convmlp_mm.predict import list_images, read_image
@@ -55,10 +55,7 @@ def main() -> None:
         if weights != 'none':
             partial = args.part == 'backbone'
             load_weights(model, weights, partial, skip_heads=partial)
-            stated = f'weights: {osp.basename(weights)}'
-            if '://' not in weights:
-                digest = hash_file(locate_checkpoint(weights))
-                stated += f' (SHA-256 {digest[:8]})'
+            stated = f'weights: {describe_checkpoint(weights)}'
         notes = dict(config=args.config, weights=stated, version=__version__)
         shape = tuple(args.shape or default_shape(cfg))
         exported = export(model, shape, *wanted, notes)

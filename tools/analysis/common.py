@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from convmlp_mm.apis import get_model, load_weights
-from convmlp_mm.checkpoint import check_output, hash_file, locate_checkpoint, write_file
+from convmlp_mm.checkpoint import check_output, describe_checkpoint, write_file
 from convmlp_mm.zoo import published_weights
 
 
@@ -68,9 +68,7 @@ def load_model(text: str, need_head: bool = True) -> StatedModel:
         weights = published_weights(name)
     partial = not need_head and hasattr(model, 'backbone')
     load_weights(model, weights, partial, skip_heads=not need_head)
-    path = locate_checkpoint(weights)
-    digest = f' (SHA-256 {hash_file(path)[:8]})' if '://' not in path else ''
-    return StatedModel(title, model, f'weights: {osp.basename(weights)}{digest}')
+    return StatedModel(title, model, f'weights: {describe_checkpoint(weights)}')
 
 
 def run(

@@ -308,11 +308,11 @@ def test_slurm_job_gets_the_arguments_as_they_were_given(tmp_path):
 
 def test_launchers_find_their_folder_where_cd_says_where_it_goes(tmp_path):
     (tmp_path / 'tools').symlink_to(TOOLS)
-    (tmp_path / 'python').write_text('#!/bin/sh\necho "$1"\n')
+    (tmp_path / 'python').write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / 'python').chmod(0o755)
     env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', CDPATH='.')
     done = bash('tools/dist_train.sh', 'x.py', 1, cwd=tmp_path, **env)
-    assert done.stdout.splitlines()[0] == str(tmp_path / 'tools' / 'train.py')
+    assert str(tmp_path / 'tools' / 'train.py') in done.stdout.split()
 
 
 @pytest.mark.parametrize('tools', ['tools', 'convmlp_mm/.mim/tools'])
@@ -325,7 +325,7 @@ def test_launcher_is_found_in_a_checkout_and_in_an_installed_package(tmp_path, t
     (tmp_path / 'python').chmod(0o755)
     env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}')
     done = bash(tmp_path / tools / 'dist_train.sh', 'x.py', 1, cwd=tmp_path, **env)
-    assert Path(done.stdout.splitlines()[1]).samefile(elastic_file)
+    assert Path(done.stdout.strip()).samefile(elastic_file)
 
 
 def test_slurm_job_that_is_queued_again_keeps_its_own_resume(tmp_path):

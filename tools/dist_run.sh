@@ -29,10 +29,6 @@ done
 
 export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
 
-# One process reads the configuration and looks for the data first, so that a
-# mistake is said once and before anything starts.
-LOCAL_WORLD_SIZE=$n python "$tools/$script" "$@" --check
-
 # Without a GPU the processes share the cores, of which torchrun would give each just
 # one. What is set already stays.
 if ! command -v nvidia-smi > /dev/null; then
@@ -61,5 +57,5 @@ elastic=$tools/../convmlp_mm/launch/elastic.py
 [ -f "$elastic" ] || elastic=$tools/../../launch/elastic.py
 exec python "$elastic" "${rendezvous[@]}" \
     --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$n" \
-    --max_restarts "$MAX_RESTARTS" --monitor_interval 1 \
+    --max_restarts "$MAX_RESTARTS" --monitor_interval 0.2 \
     "$tools/$script" "$@" --launcher pytorch

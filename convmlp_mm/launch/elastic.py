@@ -1,8 +1,10 @@
 """torchrun, for runs that are stopped, fail for good, or lose a process.
 
 ``tools/dist_run.sh`` runs this file with torchrun's options, and not as a module: the
-imports of the package would take seconds. It is torchrun but for four things:
+imports of the package would take seconds. It is torchrun but for five things:
 
+- One process reads the configuration and looks for the data first, so that a mistake is
+  said once and before anything starts.
 - When a process ends with an exit code of :data:`FINAL`, none is started again, and
   the launcher ends with that code.
 - SIGTERM and SIGUSR1 are passed on to the processes, which then have all the time
@@ -14,7 +16,9 @@ imports of the package would take seconds. It is torchrun but for four things:
 
 import argparse
 import contextlib
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -143,9 +147,26 @@ def _check_addresses(options: argparse.Namespace) -> None:
     options.local_addr = options.local_addr or own_address(host, port)
 
 
+def _check(script: str, arguments: list[str], processes: str) -> None:
+    """Run a script up to its checks, in a process that has torch already."""
+    os.environ['LOCAL_WORLD_SIZE'] = processes
+    # No launcher has started this one, whatever the environment says.
+    sys.argv = [script, *arguments, '--check', '--launcher', 'none']
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name='__main__')
+
+
 def main() -> None:
     """Run torchrun with the arguments of the command line."""
     options = run.parse_args(sys.argv[1:])
+    script, arguments = options.training_script, options.training_script_args
+    check = multiprocessing.get_context('fork').Process(
+        target=_check, args=(script, arguments, options.nproc_per_node)
+    )
+    check.start()
+    check.join()
+    if check.exitcode:
+        sys.exit(check.exitcode)
     api.LocalElasticAgent = Agent
     with tempfile.TemporaryDirectory(prefix='convmlp_mm_') as folder:
         try:

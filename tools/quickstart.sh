@@ -29,7 +29,7 @@ bash "$tools/dist_train.sh" "$config" 1 --work-dir "$out/train" "${options[@]}"
 
 echo '== 3/3 evaluating on images that it has not seen, and drawing'
 checkpoint=$(cat "$out/train/last_checkpoint")
-bash "$tools/dist_test.sh" "$config" "$checkpoint" 1 --work-dir "$out/test" \
+python "$tools/test.py" "$config" "$checkpoint" --work-dir "$out/test" \
     "${options[@]}" "test_evaluator.outfile_prefix=$out/predictions" 2>&1 |
     tee "$out/test.log"
 # A detector that finds nothing is not given a figure.

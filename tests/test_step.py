@@ -18,6 +18,8 @@ from convmlp_mm import SyncStatisticsHook
 from convmlp_mm.hooks.stop import average
 from convmlp_mm.launch import closing_group
 
+# They share what has been trained.
+pytestmark = pytest.mark.xdist_group('step')
 NAMES = 'SyncStatisticsHook', 'FiniteLossHook', 'PreemptionHook'
 HOOKS = [hooks for n in (1, 2, 3) for hooks in combinations(NAMES, n)]
 ITERATIONS, STOP = 6, 3

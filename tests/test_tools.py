@@ -305,7 +305,7 @@ def test_load_from_takes_published_weights_and_refuses_others(shapes, tmp_path, 
     torch.save(draw_checkpoint('m'), larger)
     torch.save(dict(state_dict={}, x=OpensADoor(str(door))), evil)
 
-    trained = python('train.py', SHAPES, *options, f'load_from={weights}')
+    trained = tool('train.py', SHAPES, *options, f'load_from={weights}')
     log = trained.stdout + trained.stderr
     assert trained.returncode == 0, log[-2000:]
     assert f'RetinaNet: loaded 180 of 244 tensors from {weights}' in log
@@ -335,14 +335,14 @@ def test_one_process_draws_into_show_dir(shapes, tmp_path, tool):
 
 
 @pytest.mark.slow
-def test_views_of_an_image_are_averaged(shapes, tmp_path):
+def test_views_of_an_image_are_averaged(shapes, tmp_path, tool):
     options = ['--work-dir', tmp_path, '--cfg-options', f'data_root={shapes}/coco']
     checkpoint = tmp_path / 'weights.pth'
     torch.save(get_model(str(SHAPES)).state_dict(), checkpoint)
     key = 'tta_pipeline.1.transforms.0'
     scales = [f'{key}.{i}.scale=({n},{n})' for i, n in enumerate((96, 64, 128))]
     options += [*scales, 'model.test_cfg.score_thr=0.0']
-    averaged = python('test.py', SHAPES, checkpoint, '--tta', *options)
+    averaged = tool('test.py', SHAPES, checkpoint, '--tta', *options)
     assert averaged.returncode == 0, averaged.stderr[-2000:]
     assert 'coco/bbox_mAP' in averaged.stdout
 

@@ -33,6 +33,9 @@ def test_table_of_the_hooks_is_the_order_of_a_runner(tmp_path):
     assert [(hook.priority, type(hook).__name__) for hook in own] == [
         (priority, name) for priority, name in rows
     ]
+    # The list of the recipes does not look as if they ran in another order.
+    listed = [hook['type'] for hook in runtime.runtime_hooks]
+    assert listed == [name for _, name in rows if name in listed]
 
 
 def imports(path):

@@ -2,13 +2,11 @@
 # place. Each file beside this one joins it to the recipe of one system.
 custom_imports = dict(imports=['convmlp_mm'], allow_failed_imports=False)
 # A configuration that replaces custom_hooks is told which of these it leaves out.
-# Their order is that of the priority of each class, which its entry here can change:
-# dict(type='SummaryHook', priority='LOW'). The log of a run lists it.
+# They run in this order: by the priority of each class, which an entry can change, as
+# dict(type='SummaryHook', priority='LOW'), and then as they stand here.
 runtime_hooks = [
     # load_from takes published weights, and all of the backbone or nothing.
     dict(type='CheckWeightsHook'),
-    # Data and heads have the same classes; what cannot be loaded is named.
-    dict(type='CheckDataHook'),
     # Neck and head work in the layout of the backbone's maps.
     dict(type='ChannelsLastHook'),
     # What compile=True means: one graph of the backbone.
@@ -19,6 +17,8 @@ runtime_hooks = [
     # The processes do not share the running statistics of BN while they train:
     # without this, only those of the first process would reach the checkpoint.
     dict(type='SyncStatisticsHook'),
+    # Data and heads have the same classes; what cannot be loaded is named.
+    dict(type='CheckDataHook'),
     # No process trains on from another place than the others, nor with a learning
     # rate for batches of another size.
     dict(type='AgreementHook'),

@@ -1,4 +1,8 @@
-"""What mmengine's Runner lacks: hooks that a configuration lists and can drop."""
+"""What mmengine's Runner lacks: hooks that a configuration lists and can drop.
+
+``configs/_base_/default_runtime.py`` lists them in the order in which they run, which is
+that of ``priority`` of each class.
+"""
 
 from .agreement import AgreementHook
 from .checkpoint import SafeCheckpointHook, find_latest_checkpoint

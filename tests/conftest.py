@@ -20,7 +20,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(
     [str(ROOT)] + [p for p in [os.environ.get('PYTHONPATH')] if p]
 )
 # Where Python itself looks for what the scripts in them import.
-sys.path += [str(ROOT / 'tools'), str(ROOT / 'tools' / 'analysis')]
+sys.path += [str(ROOT / name) for name in ('tools', 'tools/analysis', 'docs')]
 # Launchers of tests that run at once must not meet at a port.
 WORKER = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:])
 os.environ['PORT'] = str(29500 + 10 * WORKER)

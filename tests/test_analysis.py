@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import complexity
-import paper_tables
+import efficiency
 import pytest
 import torch
 from complexity import measure_complexity
@@ -21,7 +21,7 @@ from convmlp_mm.toolkits import default_shape
 from convmlp_mm.zoo import find_config
 
 TOOL = Path(complexity.__file__)
-PAPER = paper_tables.load(paper_tables.PAPER)
+PAPER = efficiency.load(efficiency.PAPER)
 
 
 def measure(name, shape=None):
@@ -207,8 +207,8 @@ def test_our_counts_are_the_papers_but_for_its_unknown_conv_stage(costs):
 def test_document_has_the_counts_of_our_configurations(costs):
     ours = {name: [row for t, row in OURS if t == name] for name in PAPER}
     counted = {name: [costs[r['config']] for r in rows] for name, rows in ours.items()}
-    page = paper_tables.PAGE.read_text(encoding='utf-8').splitlines()
-    written = paper_tables.fill_page(ours, counted).splitlines()
+    page = efficiency.PAGE.read_text(encoding='utf-8').splitlines()
+    written = efficiency.fill_page(ours, counted).splitlines()
     rows = [line for line in written if line.startswith('|') and '`' in line]
     assert len(rows) == len(OURS)
     assert [row for row in rows if row not in page] == []
@@ -216,7 +216,7 @@ def test_document_has_the_counts_of_our_configurations(costs):
 
 
 def test_document_has_every_row_of_the_paper_and_its_numbers():
-    page = paper_tables.PAGE.read_text(encoding='utf-8')
+    page = efficiency.PAGE.read_text(encoding='utf-8')
     assert [len(rows) for rows in PAPER.values()] == [34, 7, 6, 6, 6]
     lines = [line.split('|')[1:-1] for line in page.splitlines()]
     lines = [line for line in lines if len(line) == 8]
@@ -233,7 +233,7 @@ def test_document_has_every_row_of_the_paper_and_its_numbers():
 
 
 def test_figure_names_every_model_and_no_name_covers_another():
-    figure = paper_tables.draw_tradeoff(PAPER['table_3'])
+    figure = efficiency.draw_tradeoff(PAPER['table_3'])
     figure.draw_without_rendering()
     for ax in figure.axes:
         labels = [child for child in ax.texts if isinstance(child, Annotation)]
@@ -251,15 +251,15 @@ def test_tables_and_figure_are_written_the_same_twice(costs, tmp_path, monkeypat
     counted = {row['config']: costs.get(row['config']) for _, row in OURS}
     any_cost = costs['retinanet_convmlp_s']
     monkeypatch.setattr(
-        paper_tables, 'count', lambda row: counted.get(row['config'], any_cost)
+        efficiency, 'count', lambda row: counted.get(row['config'], any_cost)
     )
-    monkeypatch.setattr(sys, 'argv', ['paper_tables.py'])
-    found, page = [], paper_tables.PAGE
+    monkeypatch.setattr(sys, 'argv', ['efficiency.py'])
+    found, page = [], efficiency.PAGE
     for folder in (tmp_path / 'a', tmp_path / 'b'):
         folder.mkdir()
         shutil.copy(page, folder)
-        monkeypatch.setattr(paper_tables, 'PAGE', folder / page.name)
-        paper_tables.main()
+        monkeypatch.setattr(efficiency, 'PAGE', folder / page.name)
+        efficiency.main()
         found.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert sorted(found[0]) == ['efficiency.md', 'efficiency.png']
     assert found[0] == found[1]

@@ -99,7 +99,7 @@ def test_parameters_flops_and_recipe_of_the_metafile_are_those_of_the_model(
 
 
 def test_readme_tables_are_up_to_date():
-    tool = ROOT / 'tools' / 'data' / 'update_model_zoo.py'
+    tool = ROOT / 'docs' / 'model_zoo.py'
     command = [sys.executable, str(tool), '--check']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

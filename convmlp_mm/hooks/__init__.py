@@ -1,7 +1,7 @@
 """What mmengine's Runner lacks: hooks that a configuration lists and can drop.
 
-``configs/_base_/default_runtime.py`` lists them in the order in which they run, which is
-that of ``priority`` of each class.
+``configs/_base_/default_runtime.py`` lists them in the order in which they run, which
+is that of ``priority`` of each class.
 """
 
 from .agreement import AgreementHook

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Count again the efficiency columns of the paper's Tables 2, 3, 5, 6 and 7.
 
-Writes the marked tables of docs/efficiency.md (the paper's figures, from
-paper_tables.yml, beside what this package, mmpretrain, mmdet and timm build) and
-efficiency.png (top-1 accuracy against MACs and parameters). Accuracies are the paper's:
-nothing is trained or evaluated.
+Writes the marked tables of efficiency.md (the paper's figures, from efficiency.yml,
+beside what this package, mmpretrain, mmdet and timm build) and efficiency.png (top-1
+accuracy against MACs and parameters). Accuracies are the paper's: nothing is trained or
+evaluated.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-import common
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.fileio import load
@@ -21,12 +20,12 @@ from convmlp_mm.checkpoint import write_file
 from convmlp_mm.launch.tables import format_table
 from convmlp_mm.zoo import find_config
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'tools'))
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parent / 'tools'), str(FOLDER.parent / 'tools' / 'analysis')]
+import common  # noqa: E402
 import complexity  # noqa: E402
 
-PAPER = Path(__file__).with_suffix('.yml')
-PAGE = ROOT / 'docs' / 'efficiency.md'
+PAPER, PAGE = FOLDER / 'efficiency.yml', FOLDER / 'efficiency.md'
 LABELS = dict(name='model', kind='kind', epochs='epochs', top1='top-1')
 FIGURES = dict(params='params (M)', trainable='trainable (M)', gmacs='GMACs')
 FIGURES |= dict(acc_per_gmac='Acc/GMACs', acc_per_mparam='Acc/MParams')

@@ -11,9 +11,9 @@ import modelindex
 from convmlp_mm.checkpoint import write_file
 from convmlp_mm.launch.tables import format_table
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / 'README.md'
-BEGIN = '<!-- model zoo: written by tools/data/update_model_zoo.py -->\n'
+BEGIN = '<!-- model zoo: written by docs/model_zoo.py -->\n'
 END = '<!-- end of model zoo -->\n'
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     head, rest = old.split(BEGIN)
     new = f'{head}{BEGIN}\n{tables}{END}{rest.split(END)[1]}'
     if new != old and args.check:
-        sys.exit('README.md: run tools/data/update_model_zoo.py')
+        sys.exit('README.md: run docs/model_zoo.py')
     write_file(README, new, overwrite=True)
 
 

@@ -65,11 +65,9 @@ class CheckDataHook(Hook):
             self.before_val(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """Check what validates."""
         _check(runner, 'val')
 
     def before_test(self, runner: Runner) -> None:
-        """Check what tests."""
         _check(runner, 'test')
 
 

@@ -264,6 +264,5 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Run the forward pass in mixed precision."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

@@ -112,7 +112,6 @@ class FiniteLossHook(StepHook):
         return [self._flags]
 
     def after_sharing(self, runner: Runner, batch_idx: int, data_batch: object) -> None:
-        """Look at the terms of the loss."""
         infinite, nan = (self._flags > 0).tolist()
         again, self._was_infinite = self._was_infinite, infinite
         if not infinite and not nan:
@@ -244,7 +243,6 @@ class PreemptionHook(StepHook):
             self._stop(runner, epoch=runner.epoch + 1, iteration=runner.iter)
 
     def after_train(self, runner: Runner) -> None:
-        """Give the signals back."""
         _give_back()
 
     def _stop(self, runner: Runner, epoch: int, iteration: int) -> None:

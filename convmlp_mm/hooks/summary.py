@@ -41,7 +41,6 @@ class MainProcessLoggerHook(LoggerHook):
     def after_test_epoch(
         self, runner: Runner, metrics: dict[str, float] | None = None
     ) -> None:
-        """Log and write the metrics."""
         if is_main_process():
             super().after_test_epoch(runner, metrics)
 

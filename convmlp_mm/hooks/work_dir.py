@@ -113,15 +113,12 @@ class LaunchHook(Hook):
     """
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note the launch."""
         checkpoint['meta'][KEY] = os.environ.get('CONVMLP_MM_LAUNCH_ID')
 
     def before_val(self, runner: Runner) -> None:
-        """Choose the folder of the validation."""
         _exchange_in_log_dir(runner, runner.val_evaluator)
 
     def before_test(self, runner: Runner) -> None:
-        """Choose the folder of the test."""
         _exchange_in_log_dir(runner, runner.test_evaluator)
 
 

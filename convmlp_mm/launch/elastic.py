@@ -147,9 +147,10 @@ def _check_addresses(options: argparse.Namespace) -> None:
     options.local_addr = options.local_addr or own_address(host, port)
 
 
-def _check(script: str, arguments: list[str], processes: str) -> None:
-    """Run a script up to its checks, in a process that has torch already."""
-    os.environ['LOCAL_WORLD_SIZE'] = processes
+def _check(options: argparse.Namespace) -> None:
+    """Run the script up to its checks, in a process that has torch already."""
+    script, arguments = options.training_script, options.training_script_args
+    os.environ['LOCAL_WORLD_SIZE'] = options.nproc_per_node
     # No launcher has started this one, whatever the environment says.
     sys.argv = [script, *arguments, '--check', '--launcher', 'none']
     sys.path[0] = os.path.dirname(script)
@@ -159,14 +160,6 @@ def _check(script: str, arguments: list[str], processes: str) -> None:
 def main() -> None:
     """Run torchrun with the arguments of the command line."""
     options = run.parse_args(sys.argv[1:])
-    script, arguments = options.training_script, options.training_script_args
-    check = multiprocessing.get_context('fork').Process(
-        target=_check, args=(script, arguments, options.nproc_per_node)
-    )
-    check.start()
-    check.join()
-    if check.exitcode:
-        sys.exit(check.exitcode)
     api.LocalElasticAgent = Agent
     with tempfile.TemporaryDirectory(prefix='convmlp_mm_') as folder:
         try:
@@ -178,6 +171,13 @@ def main() -> None:
         except (OSError, OverflowError, ValueError) as error:
             print(f'dist_run.sh: error: {error}', file=sys.stderr)
             sys.exit(MISTAKE)
+        check = multiprocessing.get_context('fork').Process(
+            target=_check, args=(options,)
+        )
+        check.start()
+        check.join()
+        if check.exitcode:
+            sys.exit(check.exitcode)
         try:
             run.run(options)
         except ChildFailedError as error:

@@ -40,7 +40,7 @@ locked() { "$uv" export -q --frozen --no-header --no-annotate --no-emit-project 
 only() { locked --group headless | sed -n "/^$1==/,/[^\\\\]\$/p"; }
 add() { "$uv" pip install -q --python "$py" "$@" >&2; }
 locked "${@/#/--extra=}" --no-emit-package $mmcv >"$venv/locked.txt" || fail "uv.lock cannot give $stack with: $*"
-add --require-hashes -r "$venv/locked.txt" && add --no-deps --no-build-isolation -e . ||
+add --compile-bytecode --require-hashes -r "$venv/locked.txt" && add --no-deps --no-build-isolation -e . ||
   fail 'a download failed: check the network and the index that pip is configured with, then run this again'
 "$py" -c 'import cv2' 2>/dev/null || add --no-deps --reinstall -r <(only opencv-python-headless)
 read -r range page kept < <(ask "$py" mmcv "$stack") || fail "torch does not run: remove $venv and run this again"

@@ -512,3 +512,15 @@ def test_momentum_that_is_scheduled_is_not_taken_for_another_recipe(tmp_path):
     whole, _ = run(tmp_path / 'a', seed=0, param_scheduler=schedule)
     parts, _ = stop_and_resume(tmp_path / 'b', 13, [], param_scheduler=schedule)
     assert parts[-1] == whole[10:]
+
+
+def test_run_that_was_saved_in_an_epoch_validates_only_at_its_end(tmp_path):
+    order = Hook()
+    calls = order.calls = []
+    order.before_val = lambda runner: calls.append('val')
+    order.before_train_iter = lambda *args, **kwargs: calls.append('train')
+    settings = dict(saving=dict(by_epoch=False, interval=7))
+    run(tmp_path, StopAt(8), seed=0, **settings)
+    run(tmp_path, order, StopAt(11), resume=True, **settings)
+    # After the third and the fourth iteration of the second epoch.
+    assert calls == ['train'] * 3 + ['val', 'train']

@@ -175,6 +175,15 @@ def test_half_a_line_and_values_that_are_no_numbers_are_passed_over(tmp_path):
     assert 'note' not in trained and validated == dict(bbox_mAP={1: 0.5})
 
 
+def test_what_a_run_has_gone_back_from_is_no_longer_drawn(tmp_path):
+    for name, steps in (('20200101_000000', (1, 2, 3, 4)), ('20200102_000000', (3,))):
+        path = tmp_path / name / 'vis_data' / 'scalars.json'
+        path.parent.mkdir(parents=True)
+        lines = [dict(iter=i, step=i, loss=i + len(steps)) for i in steps]
+        path.write_text('\n'.join(map(json.dumps, lines)))
+    assert read_curves(str(tmp_path))[0]['loss'] == {1: 5, 2: 6, 3: 4}
+
+
 def test_figure_that_cannot_be_drawn_ends_no_run(tmp_path):
     (tmp_path / 'curves.png').mkdir()
     runner = make_runner(tmp_path, hooks=[SummaryHook()])

@@ -271,7 +271,12 @@ def test_name_that_is_used_again_is_not_removed(tmp_path):
     hook = hook_of(runner)
     again = ['epoch_2.pth', 'best_acc_epoch_2.pth']
     runner.register_hook(Calls({2: lambda: hook.file_backend.replaced.extend(again)}))
+    # The best one that comes after the validation has the latest saved once more.
+    between, first = Hook(), []
+    between.before_val = lambda runner: first.append(saved(tmp_path))
+    runner.register_hook(between)
     runner.train()
+    assert 'epoch_2.pth' in first[-1]
     assert saved(tmp_path) == ['best_acc_epoch_2.pth', 'epoch_2.pth', 'last_checkpoint']
 
 

@@ -4,12 +4,15 @@ import copy
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
@@ -17,7 +20,13 @@ from reference import draw
 
 from convmlp_mm import get_inferencer, get_model
 from convmlp_mm.apis import build_model
-from convmlp_mm.predict import add_legend, labels_of, list_images, name_outputs
+from convmlp_mm.predict import (
+    DetectionPredictor,
+    add_legend,
+    labels_of,
+    list_images,
+    name_outputs,
+)
 from convmlp_mm.zoo import find_config
 
 SMALL = 'test_dataloader.dataset.pipeline.1.scale='
@@ -151,6 +160,21 @@ def test_detections_are_in_the_format_of_coco(tool, weights, images, tmp_path, n
         x, y, width, height = annotation['bbox']
         assert 0 <= x <= x + width <= size['width'] + 0.02
         assert 0 <= y <= y + height <= size['height'] + 0.02
+
+
+def test_detections_of_own_classes_are_numbered_from_1():
+    model = SimpleNamespace(dataset_meta=dict(classes=('a', 'b')))
+    predictor = DetectionPredictor(SimpleNamespace(model=model), 0.5)
+    found = InstanceData(
+        bboxes=torch.tensor([[1.0, 2.0, 5.0, 9.0], [0.0, 0.0, 4.0, 4.0]]),
+        scores=torch.tensor([0.9, 0.4]),
+        labels=torch.tensor([1, 0]),
+    )
+    predictor.add('x.png', (9, 9), DetDataSample(pred_instances=found), 'x')
+    content = predictor.content()
+    (annotation,) = content['annotations']
+    assert annotation['bbox'] == [1.0, 2.0, 4.0, 7.0] and annotation['category_id'] == 2
+    assert content['categories'] == [dict(id=1, name='a'), dict(id=2, name='b')]
 
 
 def test_label_maps_have_the_class_of_each_pixel(tool, weights, images, tmp_path):

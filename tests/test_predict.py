@@ -13,6 +13,7 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.structures import InstanceData
+from mmseg.datasets import ADE20KDataset
 from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
@@ -160,6 +161,21 @@ def test_detections_are_in_the_format_of_coco(tool, weights, images, tmp_path, n
         x, y, width, height = annotation['bbox']
         assert 0 <= x <= x + width <= size['width'] + 0.02
         assert 0 <= y <= y + height <= size['height'] + 0.02
+
+
+@pytest.mark.parametrize('name', [m for m in MODELS if not m.startswith('mask')])
+def test_drawing_has_the_colours_of_the_image(tool, weights, tmp_path, name):
+    Image.new('RGB', (48, 64), (200, 90, 20)).save(tmp_path / 'orange.png')
+    out = tmp_path / 'out'
+    options = ['--score-thr', 1]
+    run(tool, name, weights, tmp_path / 'orange.png', out, *options)
+    drawn = np.asarray(Image.open(out / 'vis' / 'orange.jpg').convert('RGB'))
+    corner = drawn[-8:, :8].reshape(-1, 3).mean(0)
+    if 'semantic' in name:
+        labels = np.asarray(Image.open(out / 'label_maps' / 'orange.png'))[-8:, :8]
+        palette = np.array(ADE20KDataset.METAINFO['palette'])
+        corner = (corner - 0.6 * palette[labels].reshape(-1, 3).mean(0)) / 0.4
+    assert np.abs(corner - (200, 90, 20)).max() < 12
 
 
 def test_detections_of_own_classes_are_numbered_from_1():

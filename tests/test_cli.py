@@ -135,6 +135,8 @@ def test_missing_configuration_is_named():
 def test_work_dir_comes_from_option_then_configuration_then_name(config_file):
     assert load_config(args(config_file)).work_dir == 'work_dirs/some'
     assert load_config(args(config_file, work_dir='w')).work_dir == 'w'
+    with pytest.raises(ValueError, match='--work-dir must name a folder'):
+        load_config(args(config_file, work_dir=''))
     config_file.write_text("work_dir = 'of_config'\n")
     assert load_config(args(config_file)).work_dir == 'of_config'
 

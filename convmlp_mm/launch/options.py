@@ -78,6 +78,9 @@ def load_config(args: argparse.Namespace) -> Config:
         # These would train beside the hooks that make runs whole and exact.
         raise ValueError('the tools train with DDP only, without strategy')
     cfg.launcher = args.launcher
+    if args.work_dir == '':
+        # Of a variable of the shell that is not set.
+        raise ValueError('--work-dir must name a folder, but is empty')
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:

@@ -1,5 +1,6 @@
 """Runs of several processes, as the launchers start, restart and end them."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -20,6 +21,7 @@ from toy import LENGTH, free_port, write_config
 from convmlp_mm import launch
 from convmlp_mm.hooks.checkpoint import NotSavedError
 from convmlp_mm.launch import elastic
+from convmlp_mm.launch.checks import is_first_process
 from convmlp_mm.launch.process import MISTAKE, PREEMPTED
 
 TOOLS = Path(__file__).parents[1] / 'tools'
@@ -208,6 +210,23 @@ def test_signal_between_two_attempts_ends_the_launcher():
 
 def test_launcher_knows_the_exit_codes_of_the_processes():
     assert elastic.FINAL == (PREEMPTED, MISTAKE)
+
+
+def test_check_of_a_launch_speaks_for_all_whatever_the_environment_says(monkeypatch):
+    command = ['--nproc_per_node', '2', 'a/train.py', 'c.py', '--launcher', 'pytorch']
+    options, seen = elastic.run.parse_args(command), []
+    monkeypatch.setattr('runpy.run_path', lambda *args, **kwargs: seen.extend(sys.argv))
+    monkeypatch.setattr(sys, 'argv', sys.argv)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    for name, value in (('RANK', '1'), ('LOCAL_WORLD_SIZE', '1')):
+        monkeypatch.setenv(name, value)
+    elastic._check(options)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    launch.add_common_arguments(parser)
+    args = parser.parse_args(seen[1:])
+    assert args.check and is_first_process(args.launcher)
+    assert os.environ['LOCAL_WORLD_SIZE'] == '2'
 
 
 def test_address_of_this_machine_is_the_one_that_reaches_the_other():

@@ -16,19 +16,11 @@ from mmengine.utils import get_object_from_string
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checkpoint import fit_checkpoint, read_checkpoint
+from .checkpoint import fit_checkpoint, read_checkpoint, some_of
 from .hooks.data import walk_datasets
 from .hooks.model import use_channels_last
 from .toolkits import toolkit_of
 from .zoo import find_config, give_visualizer, published_weights
-
-__all__ = [
-    'build_model',
-    'get_inferencer',
-    'get_model',
-    'load_weights',
-    'switch_to_deploy',
-]
 
 
 def build_model(cfg: Config) -> BaseModel:
@@ -107,9 +99,7 @@ def get_inferencer(
     if isinstance(loader.get('collate_fn'), dict):
         loader.collate_fn = loader.collate_fn['type']
     if toolkit.scope == 'mmseg':
-        # Its visualizer takes the colours of another data set for those that lack.
-        drawn = np.random.RandomState(42).randint(0, 255, (len(meta['classes']), 3))
-        meta.setdefault('palette', drawn.tolist())
+        _give_palette(meta)
     with warnings.catch_warnings(), DefaultScope.overwrite_default_scope(toolkit.scope):
         # The toolkits warn of weights that are not loaded and classes that are
         # guessed, which is put right below.
@@ -123,9 +113,17 @@ def get_inferencer(
     model.dataset_meta.update(meta)
     if weights is not None:
         load_weights(model, weights, skip_heads=False)
+        if toolkit.scope == 'mmseg':
+            _give_palette(model.dataset_meta)
     # That of mmpretrain takes the names of the classes from here.
     inferencer.classes = model.dataset_meta.get('classes')
     return inferencer
+
+
+def _give_palette(meta: dict) -> None:
+    """Draw colours: mmseg's visualizer takes those of another data set otherwise."""
+    drawn = np.random.RandomState(42).randint(0, 255, (len(meta['classes']), 3))
+    meta.setdefault('palette', drawn.tolist())
 
 
 def _find_weights(name: str | Config, wanted: bool | str) -> str | None:
@@ -142,8 +140,8 @@ def load_weights(
 ) -> None:
     """Load a checkpoint into a classifier, detector or segmentor, or nothing.
 
-    A line in the log says how many tensors matched and what was skipped. Names of
-    classes in the file stand in for those that the configuration does not have.
+    A line in the log says how many tensors matched and what was skipped. Where all of
+    the model is in the file, the names of the classes are those in the file, too.
 
     Args:
         model: See :func:`build_model`.
@@ -164,10 +162,18 @@ def load_weights(
     print_log(message, logger='current')
     # A Runner that is given the model would initialise it once more.
     model.is_init = True
-    # A data set may find its classes in the data: the Runner saves them.
+    # The Runner saves the names of the classes that a head was trained with.
     meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-    if meta.get('classes') and not model.dataset_meta.get('classes'):
-        model.dataset_meta['classes'] = meta['classes']
+    names, given = list(meta.get('classes') or ()), model.dataset_meta.get('classes')
+    whole = model.state_dict().keys() <= state_dict.keys()
+    if names and (whole or not given) and names != list(given or ()):
+        model.dataset_meta['classes'] = names
+        if len(model.dataset_meta.get('palette') or names) != len(names):
+            del model.dataset_meta['palette']
+        model.dataset_meta.update({k: v for k, v in meta.items() if k == 'palette'})
+        if given:
+            text = f'The classes are those of {weights}: {some_of(map(str, names))}'
+            print_log(f'{text}; the configuration has {some_of(given)}', 'current')
 
 
 def switch_to_deploy(model: nn.Module) -> None:

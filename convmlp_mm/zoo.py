@@ -152,8 +152,8 @@ def find_config(name: str | Config) -> Config:
 def read_config(path: str) -> Config:
     """Read a configuration, and name it where Python's own message does not.
 
-    It has home folders in place of ``~`` and names in place of classes, see
-    :func:`name_types`.
+    It has names in place of types that are classes, see :func:`name_types` and
+    :func:`read_leaf`.
 
     Raises:
         OSError: If it, or one that it inherits, cannot be read.
@@ -164,7 +164,7 @@ def read_config(path: str) -> Config:
     except (SyntaxError, NameError, AttributeError, RuntimeError) as error:
         kind = type(error).__name__
         raise ValueError(f'configuration {path!r}: {kind}: {error}') from error
-    map_config(cfg, cfg, without_tilde)
+    map_config(cfg, cfg, read_leaf)
     name_types(cfg)
     return cfg
 
@@ -221,13 +221,19 @@ def map_config(cfg: Config, keys: Iterable[str], function: Callable) -> None:
             cfg[key] = map_leaves(function, cfg.get(key), key)
 
 
-def without_tilde(key: object, value: object) -> object:
-    """Put the home folder for a leading ``~``, for :func:`map_leaves`.
+def read_leaf(key: object, value: object) -> object:
+    """Read what some places in the toolkits read and others not, for map_leaves().
 
-    Some places in the toolkits expand it and others make a folder of this name.
+    That is a leading ``~``, which others make a folder of, and the file that
+    ``classes`` may name, which others take for the names themselves.
     """
-    is_path = isinstance(value, str) and value.startswith('~')
-    return osp.expanduser(value) if is_path else value
+    value = osp.expanduser(value) if isinstance(value, str) else value
+    is_names = str(key).rpartition('.')[2] == 'classes'
+    if is_names and isinstance(value, str) and osp.isfile(value):
+        # Editors put a mark before the first name, and an empty line at the end.
+        lines = Path(value).read_text('utf-8-sig').splitlines()
+        return tuple(line for line in lines if line)
+    return value
 
 
 def give_visualizer(cfg: Config) -> None:

@@ -337,7 +337,7 @@ def test_a_tilde_means_the_home_folder_everywhere(home, tool):
     name = f'experiment_name={home.name}'
     recipe, more = ('~/recipe.py', '--cfg-options', name), 'train_cfg.max_epochs=2'
     for command in (
-        ['train.py', *recipe, 'data_root=~/data'],
+        ['train.py', *recipe, 'train_dataloader.dataset.data_root=~/data'],
         ['train.py', *recipe, 'load_from=~/runs/epoch_1.pth'],
         ['train.py', '--resume', '~/runs/epoch_1.pth', *recipe, more],
         ['test.py', '~/recipe.py', '~/runs/epoch_1.pth', '--out=~/p.pkl'],

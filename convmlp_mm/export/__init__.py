@@ -4,16 +4,7 @@
 toolkit, :func:`write` writes it.
 """
 
+# ruff: noqa: F401
 from .formats import FORMATS, check_request, export, write
 from .systems import ExportError
 from .verify import draw_images, verify
-
-__all__ = [
-    'FORMATS',
-    'ExportError',
-    'check_request',
-    'draw_images',
-    'export',
-    'verify',
-    'write',
-]

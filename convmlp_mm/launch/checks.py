@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
-from mmengine.fileio import list_from_file
 from mmengine.registry import OPTIMIZERS
 
 from ..checkpoint import some_of
@@ -264,9 +263,6 @@ def _check_classes(classes: object, names: list[str], path: str) -> None:
     mmdet numbers those that it finds in the order of the file, and says nothing of
     the others: labels would then belong to other classes than the names say.
     """
-    # mmengine, too, reads the names in such a file.
-    if isinstance(classes, str) and osp.isfile(classes):
-        classes = list_from_file(classes)
     missing = [name for name in classes if name not in names]
     if missing:
         raise ValueError(

@@ -1,16 +1,28 @@
 """Options that tools share, and how they change a configuration."""
 
 import argparse
+import difflib
+import inspect
 import os
 import os.path as osp
 import sys
 
 from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
 
-from ..zoo import WORKER_KEYS, map_config, map_leaves, read_config, without_tilde
+from ..zoo import (
+    WORKER_KEYS,
+    map_config,
+    map_leaves,
+    read_config,
+    read_leaf,
+)
 from .checks import RANK, check_gpus, is_first_process
 
 SPLITS = ('train', 'val', 'test')
+# What the Runner reads of a configuration, if it is there.
+READ = 'compile find_unused_parameters model_wrapper_cfg runner_type strategy sync_bn'
+READ = {*READ.split(), *inspect.signature(Runner).parameters}
 
 
 class _CfgOptions(DictAction):
@@ -109,8 +121,20 @@ def merge_options(cfg: Config, options: dict) -> None:
     """Override settings of a configuration by values under dotted keys.
 
     ``data_root`` and ``num_classes`` reach the places that they were copied to.
+
+    Raises:
+        ValueError: If nothing reads a key.
     """
-    options = map_leaves(without_tilde, dict(options))
+    options = map_leaves(read_leaf, dict(options))
+    for key in options:
+        first = key.partition('.')[0]
+        if first not in cfg and first not in READ:
+            near = difflib.get_close_matches(first, [*cfg, *READ], 1)
+            hint = f'; is it {near[0]}?' if near else ''
+            raise ValueError(
+                f'--cfg-options {key} reaches nothing, since the configuration has no '
+                f'{first!r}{hint}'
+            )
     old, classes = cfg.get('data_root'), cfg.get('num_classes')
 
     def moved(key, value):

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpoint import fit_checkpoint, read_checkpoint, some_of
 from .hooks.data import walk_datasets
 from .hooks.model import use_channels_last
+from .swap import swap_backbone  # noqa: F401
 from .toolkits import toolkit_of
 from .zoo import find_config, give_visualizer, published_weights
 

@@ -15,7 +15,7 @@ RUNTIME = ROOT / 'configs' / '_base_' / 'default_runtime.py'
 LAYERS = (
     {'launch', 'export'},
     {'apis', 'predict'},
-    {'hooks'},
+    {'hooks', 'swap'},
     {'convmlp', 'zoo'},
     {'checkpoint', 'toolkits'},
 )

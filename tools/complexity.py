@@ -22,11 +22,10 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from convmlp_mm import launch
 from convmlp_mm.apis import build_model
-from convmlp_mm.launch import one_line_errors
 from convmlp_mm.launch.tables import FORMATS, format_table
 from convmlp_mm.toolkits import default_shape
-from convmlp_mm.zoo import find_config
 
 
 class Complexity(NamedTuple):
@@ -110,11 +109,15 @@ def main(argv: list[str] | None = None) -> None:
     text = 'height and width in pixels; by default those of the tests'
     add('--shape', nargs=2, type=int, metavar=('H', 'W'), help=text)
     add('--format', choices=FORMATS, default='text')
+    launch.add_backbone(parser)
     args = parser.parse_args(argv)
     # What the toolkits print does not belong into the table.
-    with one_line_errors(), contextlib.redirect_stdout(sys.stderr):
+    with launch.one_line_errors(), contextlib.redirect_stdout(sys.stderr):
         # All of them are found before the first is counted.
-        found = [(find_config(name), name) for name in args.models]
+        found = []
+        for name in args.models:
+            args.config = name
+            found.append((launch.read_model(args), name))
         shape = args.shape and tuple(args.shape)
         costs = [measure_complexity(cfg, shape, name) for cfg, name in found]
     header, rows = ['params (M)', 'MACs (G)', 'activations (M)'], []

@@ -22,7 +22,7 @@ from convmlp_mm import get_inferencer, launch, predict
 from convmlp_mm.apis import switch_to_deploy
 from convmlp_mm.checkpoint import check_output, write_file
 from convmlp_mm.toolkits import toolkit_of
-from convmlp_mm.zoo import find_config, published_weights
+from convmlp_mm.zoo import published_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     text = 'lowest score of the detections that are kept (default: %(default)s)'
     add('--score-thr', type=float, default=0.3, help=text)
     add('--overwrite', action='store_true', help='replace files in OUT')
+    launch.add_backbone(parser)
     launch.add_cfg_options(parser)
     return parser.parse_args()
 
@@ -57,8 +58,7 @@ def main() -> int:
         report = osp.join(args.out, 'results.json')
         if osp.isdir(args.out):
             check_output(report, args.overwrite)
-        cfg = find_config(args.config)
-        launch.merge_options(cfg, args.cfg_options or {})
+        cfg = launch.read_model(args)
         public = args.weights == 'published'
         weights = published_weights(args.config) if public else args.weights
         if (args.device or get_device()) == 'cpu':

@@ -7,7 +7,14 @@ from every process.
 
 # ruff: noqa: F401
 from .checks import check_checkpoint, check_data, check_gpus, naming_data
-from .options import add_cfg_options, add_common_arguments, load_config, merge_options
+from .options import (
+    add_backbone,
+    add_cfg_options,
+    add_common_arguments,
+    load_config,
+    merge_options,
+    read_model,
+)
 from .process import (
     closing_group,
     end_with_launcher,

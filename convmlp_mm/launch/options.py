@@ -6,12 +6,19 @@ import inspect
 import os
 import os.path as osp
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+from ..checkpoint import write_file
+from ..convmlp import ConvMLP
+from ..swap import swap_backbone
+from ..swap.child import child_config
 from ..zoo import (
     WORKER_KEYS,
+    find_config,
     map_config,
     map_leaves,
     read_config,
@@ -49,6 +56,42 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Add ``--backbone`` and ``--dump``, which :func:`read_model` obeys."""
+    choices = [f'convmlp_{arch}' for arch in ConvMLP.arch_settings]
+    text = 'put this one in place of the backbone of the configuration'
+    parser.add_argument('--backbone', choices=choices, help=text)
+    text = (
+        'with --backbone, also write what is changed as a configuration that inherits'
+    )
+    path = dict(type=osp.expanduser, metavar='FILE')
+    parser.add_argument('--dump', **path, help=text)
+
+
+def read_model(args: argparse.Namespace, find: Callable = find_config) -> Config:
+    """Find a configuration, replace its backbone if asked to, and merge options."""
+    old = cfg = find(args.config)
+    if getattr(args, 'backbone', None):
+        cfg = swap_backbone(cfg, args.backbone.rpartition('_')[2])
+    if getattr(args, 'dump', None):
+        _dump(old, cfg, args)
+    merge_options(cfg, getattr(args, 'cfg_options', None) or {})
+    return cfg
+
+
+def _dump(old: Config, new: Config, args: argparse.Namespace) -> None:
+    """Write a child of the configuration, unless this very one is there."""
+    if not args.dump.endswith('.py') or not args.backbone:
+        raise ValueError('--dump FILE.py writes a configuration with --backbone')
+    base = args.config
+    if '::' not in base:
+        base = osp.relpath(old.filename, osp.dirname(args.dump) or '.')
+    text = child_config(old, new, base)
+    # Each process of a launcher comes here.
+    if not (osp.isfile(args.dump) and Path(args.dump).read_text('utf-8') == text):
+        write_file(args.dump, text)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing share, named as in mmdet."""
     add = parser.add_argument
@@ -57,6 +100,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         'else work_dirs/ and the name of the configuration'
     )
     add('--work-dir', type=osp.expanduser, help=text)
+    add_backbone(parser)
     add_cfg_options(parser)
     text = 'what has started this process among others'
     add('--launcher', choices=['none', *RANK], default='none', help=text)
@@ -82,10 +126,10 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     check_gpus()
-    if not osp.isfile(osp.expanduser(args.config)):
+    is_named = '::' in args.config
+    if not is_named and not osp.isfile(osp.expanduser(args.config)):
         raise FileNotFoundError(f'configuration {args.config!r} does not exist')
-    cfg = read_config(args.config)
-    merge_options(cfg, args.cfg_options or {})
+    cfg = read_model(args, find_config if is_named else read_config)
     if cfg.get('strategy') or cfg.get('runner_type') == 'FlexibleRunner':
         # These would train beside the hooks that make runs whole and exact.
         raise ValueError('the tools train with DDP only, without strategy')
@@ -97,6 +141,9 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         name = osp.splitext(osp.basename(args.config))[0]
+        backbone = getattr(args, 'backbone', None)
+        # Not where the recipe has been trained with its own.
+        name = f'{name}_{backbone}' if backbone else name
         cfg.work_dir = osp.join('work_dirs', name)
     for loader in (cfg.get(f'{split}_dataloader') or {} for split in SPLITS):
         # torch refuses these options of workers where there are none.

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import algorithms
 import pytest
 import torch
 from mmengine.config import Config
@@ -13,6 +14,7 @@ from mmengine.structures import InstanceData
 from convmlp_mm import ConvMLP
 from convmlp_mm.apis import build_model, swap_backbone
 from convmlp_mm.swap.child import child_config, difference
+from convmlp_mm.toolkits import TOOLKITS
 from convmlp_mm.zoo import find_config, published_weights
 
 RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco'
@@ -301,3 +303,32 @@ def test_backbone_that_cannot_be_written_is_named(
     assert done.returncode == 2 and fragment in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['full.py']
     assert Path('full.py').read_text() == 'a = 1\n'
+
+
+@pytest.mark.slow
+def test_what_fails_with_the_old_backbone_alike_is_told_apart(tmp_path, monkeypatch):
+    # The tool goes to the folder of the configurations.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(algorithms, 'SIDES', (96,))
+    names = dict(
+        good=RETINANET,
+        cpu='mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco',
+        not_one='mmdet::tridentnet/tridentnet_r50-caffe_1x_coco',
+    )
+    found = {f'mmdet:{k}': algorithms.try_case(name) for k, name in names.items()}
+    page = tmp_path / 'page.md'
+    page.write_text(''.join(f'<!-- {s} -->\nold\n<!-- end -->\n' for s in TOOLKITS))
+    algorithms.write_page(found, page)
+    text = page.read_text()
+    assert (
+        '1 of 3 are ok, 1 are refused, 1 fail as with the old backbone, and 0' in text
+    )
+    assert 'old\n' not in text.replace('the old', '')
+    contiguous, channels_last = found['mmdet:good']['losses']
+    assert channels_last == pytest.approx(contiguous, rel=1e-5)
+    lines = [line for line in text.splitlines() if line.startswith('| ')][1:]
+    assert [line.split(' | ')[2][:20] for line in lines if '`' in line] == [
+        'as the old backbone,',
+        'ok at 96 pixels, los',
+        'not: TridentResNet c',
+    ]

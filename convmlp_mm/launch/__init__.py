@@ -1,9 +1,4 @@
-"""What the command lines share: read a configuration, check it, build its Runner.
-
-The three toolkits each have a train and a test script that differ in a few lines. This
-is what they have in common, with the checks that users otherwise meet as a stack trace
-from every process.
-"""
+"""What the command lines share: read a configuration, check it, build its Runner."""
 
 # ruff: noqa: F401
 from .checks import check_checkpoint, check_data, check_gpus, naming_data

@@ -11,10 +11,7 @@ MMSEG = (
 def child_config(old: Config, new: Config, base: str) -> str:
     """Return the text of a configuration that makes ``new`` out of ``old``.
 
-    Args:
-        old: What ``base`` names.
-        new: What the text stands for.
-        base: For ``_base_``: a path, or a file of a toolkit as ``'mmdet::...'``.
+    ``base`` names the old one: a path, or a file of a toolkit as ``'mmdet::...'``.
     """
     scope, _, path = base.rpartition('::')
     path = f'{path.removesuffix(".py")}.py'

@@ -14,7 +14,6 @@ import io
 import json
 import multiprocessing
 import os
-import random
 import signal
 import traceback
 from collections import Counter
@@ -30,6 +29,7 @@ from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData, PixelData
 
 from convmlp_mm import ConvMLP
@@ -117,12 +117,6 @@ def draw_batch(model: BaseModel, scope: str, shape: tuple[int, int]) -> dict:
     return batch
 
 
-def seed() -> None:
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
-
-
 def build(cfg: Config, side: int) -> BaseModel:
     """Build a model; of trackers and semi-supervised detectors, the detector."""
     cfg, settings = copy.deepcopy(cfg), cfg.model
@@ -140,7 +134,7 @@ def build(cfg: Config, side: int) -> BaseModel:
     if given.get('type') == 'TrackDataPreprocessor' and settings.type not in TRACKERS:
         given.type = 'DetDataPreprocessor'
         given.pop('use_det_processor', None)
-    seed()
+    set_random_seed(0)
     model = revert_sync_batchnorm(build_model(cfg))
     if settings.type in ('SparseRCNN', 'QueryInst'):
         # Random proposals would have sides below 0.
@@ -156,7 +150,7 @@ def build(cfg: Config, side: int) -> BaseModel:
 def train_step(model: BaseModel, batch: dict) -> float:
     """Return the loss of a step; raise a ValueError if it is not to be trained with."""
     model.train()
-    seed()
+    set_random_seed(0)
     data = model.data_preprocessor(copy.deepcopy(batch), True)
     loss, _ = model.parse_losses(model(**data, mode='loss'))
     loss.backward()

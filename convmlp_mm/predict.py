@@ -6,6 +6,7 @@ others read, and an image that is cut off is refused.
 
 import os
 import os.path as osp
+import sys
 from itertools import chain, count
 from pathlib import Path
 
@@ -21,26 +22,41 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
-def list_images(path: str | os.PathLike) -> list[str]:
+def list_images(path: str | os.PathLike, out: str | None = None) -> list[str]:
     """List an image, or the files in a folder that are called like images, sorted.
 
-    Folders in the folder are searched too. :func:`read_image` may refuse some files.
+    Folders in the folder are searched too, linked ones once. Hidden images, which
+    editors and systems leave, and those in ``out`` are left out, counted and said.
+    :func:`read_image` may refuse some files.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or no image in it.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f'image or folder {str(path)!r} does not exist')
-    if not path.is_dir():
-        return [str(path)]
-    called = (p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS)
-    found = sorted(str(p) for p in called if not p.is_dir())
+    path = osp.expanduser(path)
+    if not osp.exists(path):
+        raise FileNotFoundError(f'image or folder {path!r} does not exist')
+    if not osp.isdir(path):
+        return [path]
+    found, left_out, seen = [], 0, set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real, part = osp.realpath(folder), osp.relpath(folder, path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        images = [n for n in names if osp.splitext(n)[1].lower() in EXTENSIONS]
+        own = out and Path(real).is_relative_to(osp.realpath(out))
+        hidden = own or any(p[:1] == '.' != p for p in part.split(os.sep))
+        kept = [n for n in images if not hidden and n[0] != '.']
+        found += [osp.join(folder, n) for n in kept]
+        left_out += len(images) - len(kept)
+    if left_out:
+        text = 'are hidden or of an earlier run, and left out'
+        print(f'{left_out} images in {path} {text}', file=sys.stderr)
     if not found:
-        raise FileNotFoundError(
-            f'folder {str(path)!r} has no images ({", ".join(EXTENSIONS)})'
-        )
-    return found
+        text = f'folder {path!r} has no images ({", ".join(EXTENSIONS)})'
+        raise FileNotFoundError(text)
+    return sorted(found)
 
 
 def read_image(path: str) -> np.ndarray:

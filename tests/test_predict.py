@@ -249,6 +249,30 @@ def test_images_are_found_in_folders_and_named_apart(images):
     assert list_images(images / 'a.jpg') == [str(images / 'a.jpg')]
 
 
+def test_hidden_and_own_images_are_left_out_and_linked_ones_are_found(tmp_path, capsys):
+    folder, elsewhere = tmp_path / 'data', tmp_path / 'elsewhere'
+    places = [
+        'a.png',
+        '.b.png',
+        '.ipynb_checkpoints/a.png',
+        'out/vis/a.jpg',
+        'x/.y/c.png',
+    ]
+    for place in (*(folder / p for p in places), elsewhere / 'd.png'):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(place)
+    (folder / 'linked').symlink_to(elsewhere)
+    (folder / 'again').symlink_to(elsewhere)
+    (elsewhere / 'circle').symlink_to(folder)
+    found = list_images(folder, str(folder / 'out'))
+    assert [p.removeprefix(f'{folder}/') for p in found][0] == 'a.png'
+    assert len(found) == 2 and found[1].endswith('/d.png')
+    assert '4 images in' in capsys.readouterr().err
+    # A hidden folder that is asked for is no accident.
+    hidden = folder / '.ipynb_checkpoints'
+    assert list_images(hidden) == [str(hidden / 'a.png')]
+
+
 def test_flips_of_segmentation_tta_make_the_prediction_symmetric(weights, images):
     cfg = find_config('semantic_fpn_convmlp_s')
     cfg.model = dict(**cfg.tta_model, module=cfg.model)

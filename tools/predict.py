@@ -54,7 +54,7 @@ def main() -> int:
     with launch.one_line_errors():
         if not 0 <= args.score_thr <= 1:
             raise ValueError(f'--score-thr must be in [0, 1], got {args.score_thr}')
-        images = predict.list_images(args.input)
+        images = predict.list_images(args.input, args.out)
         report = osp.join(args.out, 'results.json')
         if osp.isdir(args.out):
             check_output(report, args.overwrite)

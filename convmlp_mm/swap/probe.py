@@ -37,7 +37,8 @@ def probe(section: dict, scope: str) -> Maps:
     settings = {k: v for k, v in section.items() if k not in UNWANTED}
     if settings.get('type', '').endswith('TIMMBackbone'):
         settings['pretrained'] = False
-    channels = settings.get('in_channels', 3)
+    channels, first = settings.get('in_channels', 3), settings.get('img_size')
+    first = first[0] if isinstance(first, (list, tuple)) else first or SIZES[0]
     errors = []
     # Many cannot be built without values, but run without them.
     for built, run in (('meta', 'meta'), ('cpu', 'meta'), ('cpu', 'cpu')):
@@ -49,7 +50,7 @@ def probe(section: dict, scope: str) -> Maps:
             continue
         # Some do not return themselves.
         backbone.eval()
-        for size in dict.fromkeys((_side(settings.get('img_size')), *SIZES)):
+        for size in dict.fromkeys((first, *SIZES)):
             image = torch.zeros(1, channels, size, size, device=run)
             try:
                 with torch.no_grad():
@@ -60,10 +61,6 @@ def probe(section: dict, scope: str) -> Maps:
                 return _read(outputs, size)
     reason = str(errors[-1]).strip().partition('\n')[0]
     raise ValueError(f'{settings["type"]} cannot be tried: {reason}') from errors[-1]
-
-
-def _side(size: object) -> int:
-    return size[0] if isinstance(size, (list, tuple)) else size or SIZES[0]
 
 
 def _read(outputs: object, size: int) -> Maps:

@@ -3,11 +3,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Necks that make a pyramid of equal maps, which a ConvMLP hands out as it is.
-PYRAMIDS = ('Feature2Pyramid',)
-# Keys of what reads the maps of a backbone by their number.
-HEADS = ('head', 'heads')
-
 
 class Wiring(NamedTuple):
     """What stands where the maps of a backbone have stood, in their order.
@@ -46,7 +41,8 @@ def rewire(owner: dict, prefix: str, wiring: Wiring, scope: str, report: Report)
     necks = owner.get(f'{prefix}neck')
     neck = necks[0] if isinstance(necks, (list, tuple)) else necks
     kind = (neck or {}).get('type')
-    if kind in PYRAMIDS:
+    if kind == 'Feature2Pyramid':
+        # A ConvMLP hands out the pyramid that it makes of equal maps.
         report.append(f'{prefix}neck: {kind} is left out')
         owner[f'{prefix}neck'] = neck = None
     name = f'{prefix}neck'
@@ -105,7 +101,7 @@ def _rewire_heads(
     owner: dict, prefix: str, wiring: Wiring, scope: str, report: Report
 ) -> None:
     for key, section in owner.items():
-        ours = key.startswith(prefix) and key.endswith(HEADS)
+        ours = key.startswith(prefix) and key.endswith('head')
         if not ours or (not prefix and key.startswith('teacher_')):
             continue
         for name, head in _named(section, key):

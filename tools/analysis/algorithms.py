@@ -1,10 +1,9 @@
 #!/usr/bin/env python
 """Try ConvMLP in every algorithm of the toolkits and write docs/algorithms.md.
 
-One configuration stands for each folder of a toolkit. In its model, small images and
-random weights must give a finite loss, a finite gradient of every trainable parameter
-of the backbone, and predictions; the losses of channels-last maps are compared with
-those of contiguous ones. What fails with the old backbone alike is told apart.
+One configuration stands for each folder of a toolkit: small images and random weights
+must give a finite loss, a finite gradient of every trainable parameter of the backbone,
+and predictions. What fails with the old backbone alike is told apart.
 """
 
 import argparse
@@ -15,8 +14,8 @@ import json
 import multiprocessing
 import os
 import signal
-import traceback
 from collections import Counter
+from contextlib import redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -193,7 +192,6 @@ def try_model(cfg: Config, side: int) -> dict:
     except Exception as error:  # Each algorithm fails in its own way.
         line = str(error).strip().partition('\n')[0]
         found['error'] = f'{type(error).__name__}: {line[:160]}'
-        found['trace'] = traceback.format_exc()[-1500:]
     return found
 
 
@@ -202,8 +200,7 @@ def try_case(name: str) -> dict:
     # Some name others by paths from here.
     os.chdir(mim_folder(name.partition('::')[0]))
     cfg, found = find_config(name), dict(config=name)
-    text = io.StringIO()
-    with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+    with contextlib.redirect_stderr(io.StringIO()) as text, redirect_stdout(text):
         try:
             swapped = swap_backbone(cfg, 's', False)
         except ValueError as error:

@@ -47,6 +47,13 @@ def test_detector_gets_maps_of_the_same_strides():
     assert cfg.model.backbone.type == 'ResNet'
 
 
+def test_map_that_nothing_takes_is_not_computed():
+    new = swap_backbone(find_config('mmdet::clrnet/clrnet'), 's', False)
+    # The old one hands out a fourth.
+    assert new.model.neck.in_channels == [64, 128, 256]
+    assert new.model.backbone.out_indices == [0, 1, 2]
+
+
 def test_segmentor_gets_four_maps_by_position():
     new = swap_backbone(find_config(DEEPLAB), 's', False)
     assert new.model.backbone == dict(

@@ -220,7 +220,7 @@ def test_other_structures_run(name, arch):
             model.head(maps)
 
 
-def test_command_line_trains_another_algorithm(tmp_path, tool):
+def test_command_line_trains_another_algorithm(tmp_path, tool, monkeypatch, capsys):
     out = tmp_path / 'shapes'
     sizes = '--train', 4, '--val', 2, '--size', 96
     assert tool('data/make_shapes_dataset.py', out, *sizes).returncode == 0
@@ -243,6 +243,10 @@ def test_command_line_trains_another_algorithm(tmp_path, tool):
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'ResNet' in done.stderr and 'ConvMLP-S (128 at 8, ' not in done.stderr
     assert 'neck.in_channels: [256, 512, 1024, 2048] -> [64, 128,' in done.stderr
+    monkeypatch.setenv('CONVMLP_MM_ATTEMPT', '0')
+    # The check of the launcher has said it.
+    swap_backbone(find_config(RETINANET))
+    assert capsys.readouterr().err == ''
     log = json.loads(next(tmp_path.rglob('scalars.json')).read_text().splitlines()[0])
     assert math.isfinite(log['loss'])
     assert (tmp_path / 'work' / 'epoch_1.pth').is_file()

@@ -1,6 +1,7 @@
 """Put a ConvMLP in place of the backbone of any algorithm of the toolkits."""
 
 import copy
+import os
 import sys
 from collections.abc import Iterator
 
@@ -96,8 +97,9 @@ def swap_backbone(
     names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else [*names]
     cfg.custom_imports = {**imports, 'imports': [*names, 'convmlp_mm']}
-    for line in report:
-        print(f'--backbone: {line}', file=sys.stderr)
+    # The processes of our launcher come after its check, which has said it.
+    if 'CONVMLP_MM_ATTEMPT' not in os.environ:
+        print(*(f'--backbone: {line}' for line in report), sep='\n', file=sys.stderr)
     return cfg
 
 
@@ -115,7 +117,6 @@ def _walk(section: object, name: str) -> Iterator[tuple[str, dict]]:
 def _backbone_keys(section: dict) -> Iterator[str]:
     for key, value in section.items():
         is_built = isinstance(value, dict) and 'type' in value
-        # Of a retriever, the first module.
         if key.endswith('backbone') and is_built or key == 'image_encoder':
             yield key
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import algorithms
@@ -13,6 +14,7 @@ from mmengine.structures import InstanceData
 
 from convmlp_mm import ConvMLP
 from convmlp_mm.apis import build_model, swap_backbone
+from convmlp_mm.launch import load_config
 from convmlp_mm.swap.child import child_config, difference
 from convmlp_mm.toolkits import TOOLKITS
 from convmlp_mm.zoo import find_config, published_weights
@@ -48,8 +50,10 @@ def test_detector_gets_maps_of_the_same_strides():
 
 
 def test_map_that_nothing_takes_is_not_computed():
-    new = swap_backbone(find_config('mmdet::clrnet/clrnet'), 's', False)
-    # The old one hands out a fourth.
+    cfg = find_config(RETINANET)
+    # As in CLRNet, whose ResNet hands out a fourth.
+    cfg.model.neck.in_channels = [256, 512, 1024]
+    new = swap_backbone(cfg, 's', False)
     assert new.model.neck.in_channels == [64, 128, 256]
     assert new.model.backbone.out_indices == [0, 1, 2]
 
@@ -86,6 +90,21 @@ def test_images_come_as_the_weights_have_seen_them(tmp_path):
     assert preprocessor.pad_size_divisor == 32
     assert new.model.backbone.init_cfg.checkpoint == str(tmp_path / 'mine.pth')
     assert swap_backbone(cfg, pretrained=False).model.data_preprocessor.std == [1] * 3
+
+
+def test_published_weights_are_for_three_channels():
+    cfg = find_config(RETINANET)
+    cfg.model.backbone.in_channels = 4
+    new = swap_backbone(cfg)
+    assert new.model.backbone.in_channels == 4 and 'init_cfg' not in new.model.backbone
+    assert new.model.data_preprocessor == cfg.model.data_preprocessor
+
+
+def test_run_does_not_go_where_the_recipe_runs_with_its_own_backbone():
+    options = dict(cfg_options=None, launcher='none', work_dir=None, local_rank=0)
+    args = Namespace(config=RETINANET, backbone='convmlp_m', dump=None, **options)
+    name = 'retinanet_r50_fpn_1x_coco_convmlp_m'
+    assert load_config(args).work_dir == f'work_dirs/{name}'
 
 
 @pytest.mark.parametrize(

@@ -263,11 +263,15 @@ def test_hidden_and_own_images_are_left_out_and_linked_ones_are_found(tmp_path, 
         Image.new('RGB', (8, 8)).save(place)
     (folder / 'linked').symlink_to(elsewhere)
     (folder / 'again').symlink_to(elsewhere)
-    (elsewhere / 'circle').symlink_to(folder)
     found = list_images(folder, str(folder / 'out'))
     assert [p.removeprefix(f'{folder}/') for p in found][0] == 'a.png'
     assert len(found) == 2 and found[1].endswith('/d.png')
     assert '4 images in' in capsys.readouterr().err
+    circle = tmp_path / 'circle'
+    circle.mkdir()
+    (circle / 'circle').symlink_to(circle)
+    Image.new('RGB', (8, 8)).save(circle / 'e.png')
+    assert list_images(circle) == [str(circle / 'e.png')]
     # A hidden folder that is asked for is no accident.
     hidden = folder / '.ipynb_checkpoints'
     assert list_images(hidden) == [str(hidden / 'a.png')]

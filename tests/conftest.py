@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -78,8 +79,9 @@ def tool(monkeypatch, capsys):
 
     def run(name, *options):
         monkeypatch.setattr(sys, 'argv', [name, *map(str, options)])
-        # Runs of other toolkits in this process have left theirs.
-        for kind in (Visualizer, *Visualizer.__subclasses__()):
+        # Other runs in this process have left theirs. Two of one recipe in the same
+        # second would share a logger, which writes to where output went before.
+        for kind in (MMLogger, Visualizer, *Visualizer.__subclasses__()):
             monkeypatch.setattr(kind, '_instance_dict', OrderedDict())
         code = 0
         path = ROOT / 'tools' / name

@@ -37,16 +37,16 @@ def list_images(path: str | os.PathLike, out: str | None = None) -> list[str]:
         raise FileNotFoundError(f'image or folder {path!r} does not exist')
     if not osp.isdir(path):
         return [path]
-    found, left_out, seen = [], 0, set()
+    found, left_out, seen, own = [], 0, set(), out and osp.realpath(out)
     for folder, folders, names in os.walk(path, followlinks=True):
-        real, part = osp.realpath(folder), osp.relpath(folder, path)
+        real, parts = osp.realpath(folder), osp.relpath(folder, path).split(os.sep)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         images = [n for n in names if osp.splitext(n)[1].lower() in EXTENSIONS]
-        own = out and Path(real).is_relative_to(osp.realpath(out))
-        hidden = own or any(p[:1] == '.' != p for p in part.split(os.sep))
+        hidden = any(p[:1] == '.' != p for p in parts)
+        hidden = hidden or own and Path(real).is_relative_to(own)
         kept = [n for n in images if not hidden and n[0] != '.']
         found += [osp.join(folder, n) for n in kept]
         left_out += len(images) - len(kept)
@@ -54,8 +54,8 @@ def list_images(path: str | os.PathLike, out: str | None = None) -> list[str]:
         text = 'are hidden or of an earlier run, and left out'
         print(f'{left_out} images in {path} {text}', file=sys.stderr)
     if not found:
-        text = f'folder {path!r} has no images ({", ".join(EXTENSIONS)})'
-        raise FileNotFoundError(text)
+        types = ', '.join(EXTENSIONS)
+        raise FileNotFoundError(f'folder {path!r} has no images ({types})')
     return sorted(found)
 
 

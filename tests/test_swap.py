@@ -14,7 +14,7 @@ from mmengine.structures import InstanceData
 
 from convmlp_mm import ConvMLP
 from convmlp_mm.apis import build_model, swap_backbone
-from convmlp_mm.launch import load_config
+from convmlp_mm.launch import load_config, read_model
 from convmlp_mm.swap.child import child_config, difference
 from convmlp_mm.toolkits import TOOLKITS
 from convmlp_mm.zoo import find_config, published_weights
@@ -98,6 +98,28 @@ def test_published_weights_are_for_three_channels():
     new = swap_backbone(cfg)
     assert new.model.backbone.in_channels == 4 and 'init_cfg' not in new.model.backbone
     assert new.model.data_preprocessor == cfg.model.data_preprocessor
+
+
+# By the command line and the environment: the check of a launch says it, and what comes
+# after it does not; without our launcher, the first process does.
+@pytest.mark.parametrize(
+    ('options', 'environment', 'said'),
+    [
+        (dict(launcher='none'), {}, True),
+        (dict(launcher='none', check=True), {}, True),
+        (dict(launcher='pytorch'), dict(CONVMLP_MM_ATTEMPT='0', RANK='0'), False),
+        (dict(launcher='none', check=True), dict(CONVMLP_MM_ATTEMPT='0'), True),
+        (dict(launcher='pytorch'), dict(RANK='0'), True),
+        (dict(launcher='pytorch'), dict(RANK='1'), False),
+    ],
+)
+def test_what_is_changed_is_said_once(monkeypatch, capsys, options, environment, said):
+    monkeypatch.delenv('CONVMLP_MM_ATTEMPT', raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    read_model(Namespace(config=RETINANET, backbone='convmlp_s', **options))
+    lines = capsys.readouterr().err.splitlines()
+    assert sum('neck.in_channels' in line for line in lines) == said
 
 
 def test_run_does_not_go_where_the_recipe_runs_with_its_own_backbone():
@@ -208,6 +230,7 @@ OTHERS = {
     'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640': None,
     'mmseg::knet/knet-s3_r50-d8_fcn_8xb2-adamw-80k_ade20k-512x512': None,
     'mmpretrain::convnext/convnext-tiny_32xb128_in1k': None,
+    'mmpretrain::arcface/resnet50-arcface_8xb32_inshop': None,
 }
 
 
@@ -239,7 +262,7 @@ def test_other_structures_run(name, arch):
             model.head(maps)
 
 
-def test_command_line_trains_another_algorithm(tmp_path, tool, monkeypatch, capsys):
+def test_command_line_trains_another_algorithm(tmp_path, tool):
     out = tmp_path / 'shapes'
     sizes = '--train', 4, '--val', 2, '--size', 96
     assert tool('data/make_shapes_dataset.py', out, *sizes).returncode == 0
@@ -262,10 +285,6 @@ def test_command_line_trains_another_algorithm(tmp_path, tool, monkeypatch, caps
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'ResNet' in done.stderr and 'ConvMLP-S (128 at 8, ' not in done.stderr
     assert 'neck.in_channels: [256, 512, 1024, 2048] -> [64, 128,' in done.stderr
-    monkeypatch.setenv('CONVMLP_MM_ATTEMPT', '0')
-    # The check of the launcher has said it.
-    swap_backbone(find_config(RETINANET))
-    assert capsys.readouterr().err == ''
     log = json.loads(next(tmp_path.rglob('scalars.json')).read_text().splitlines()[0])
     assert math.isfinite(log['loss'])
     assert (tmp_path / 'work' / 'epoch_1.pth').is_file()

@@ -16,10 +16,10 @@ from convmlp_mm import __version__
 from convmlp_mm.apis import build_model, load_weights
 from convmlp_mm.checkpoint import describe_checkpoint
 from convmlp_mm.export import FORMATS, check_request, export, verify, write
-from convmlp_mm.launch import add_cfg_options, merge_options, one_line_errors
+from convmlp_mm.launch import add_cfg_options, one_line_errors, read_model
 from convmlp_mm.predict import list_images, read_image
 from convmlp_mm.toolkits import default_shape
-from convmlp_mm.zoo import find_config, published_weights
+from convmlp_mm.zoo import published_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,8 +41,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        cfg = find_config(args.config)
-        merge_options(cfg, args.cfg_options or {})
+        cfg = read_model(args)
         wanted = (args.part, args.format)
         check_request(cfg, args.out, *wanted, args.overwrite)
         images = args.images and [read_image(path) for path in list_images(args.images)]

@@ -28,8 +28,8 @@ from .checks import RANK, check_gpus, is_first_process
 
 SPLITS = ('train', 'val', 'test')
 # What the Runner reads of a configuration, if it is there.
-READ = 'compile find_unused_parameters model_wrapper_cfg runner_type strategy sync_bn'
-READ = {*READ.split(), *inspect.signature(Runner).parameters}
+READ = {*inspect.signature(Runner).parameters, 'compile', 'find_unused_parameters'}
+READ |= {'model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn'}
 
 
 class _CfgOptions(DictAction):
@@ -72,7 +72,11 @@ def read_model(args: argparse.Namespace, find: Callable = find_config) -> Config
     """Find a configuration, replace its backbone if asked to, and merge options."""
     old = cfg = find(args.config)
     if getattr(args, 'backbone', None):
-        cfg = swap_backbone(cfg, args.backbone.rpartition('_')[2])
+        # The processes of our launchers come after a check, which has said it.
+        first = is_first_process(getattr(args, 'launcher', 'none'))
+        say = first and 'CONVMLP_MM_ATTEMPT' not in os.environ
+        say = say or getattr(args, 'check', False)
+        cfg = swap_backbone(cfg, args.backbone.rpartition('_')[2], verbose=say)
     if getattr(args, 'dump', None):
         _dump(old, cfg, args)
     merge_options(cfg, getattr(args, 'cfg_options', None) or {})

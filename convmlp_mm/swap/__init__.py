@@ -1,7 +1,6 @@
 """Put a ConvMLP in place of the backbone of any algorithm of the toolkits."""
 
 import copy
-import os
 import sys
 from collections.abc import Iterator
 
@@ -43,14 +42,17 @@ MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
 def swap_backbone(
-    cfg: Config, arch: str = 's', pretrained: bool | str | None = None
+    cfg: Config,
+    arch: str = 's',
+    pretrained: bool | str | None = None,
+    verbose: bool = True,
 ) -> Config:
     """Return a configuration with a ConvMLP in place of each backbone.
 
     Feature points are chosen by stride in detectors, by position in segmentors, whose
     backbones are dilated, and the last one for classifiers. Channels of the first neck,
     or of the heads where there is none, follow; nothing else of the algorithm is
-    changed. What is changed is printed.
+    changed.
 
     Args:
         cfg: Of any of the toolkits; it is not changed.
@@ -58,6 +60,7 @@ def swap_backbone(
         pretrained: Whether the backbone begins with the published weights, or the path
             or URL of others; the images are then normalised as for these. Defaults to
             None: if the old one began with weights.
+        verbose: Whether to print what is changed.
 
     Raises:
         ValueError: If there is no backbone, or one that cannot be replaced; the message
@@ -66,8 +69,8 @@ def swap_backbone(
     toolkit = toolkit_of(cfg.get('default_scope'))
     toolkit.register()
     with torch.device('meta'):
-        points = ConvMLP(arch).feature_points
-    cfg, report, found, inits = copy.deepcopy(cfg), Report(), [], []
+        backbone = ConvMLP(arch)
+    cfg, report, found, loaded = copy.deepcopy(cfg), Report(), [], False
     name_types(cfg)
     for name, section in _walk(cfg.model, 'model'):
         kind = str(section.get('type')).rpartition('.')[2]
@@ -82,23 +85,22 @@ def swap_backbone(
         if given is True:
             given = published_weights(f'convmlp_{arch}_imagenet')
         init = dict(init_cfg=dict(type='Pretrained', checkpoint=given)) if given else {}
-        inits.append(init)
+        loaded = loaded or bool(given)
         report.name = f'{name}.'.partition('.')[2]
         new = ConfigDict(type='ConvMLP', arch=arch, **init)
-        _swap(owner, key, toolkit.scope, new, points, report)
+        _swap(owner, key, toolkit.scope, new, backbone.feature_points, report)
     for section, key in ((cfg, 'load_from'), (cfg.model, 'pretrained')):
         if section.get(key):
             report.append(f'{key} is left out: {section[key]}')
             section[key] = None
-    if any(inits):
+    if loaded:
         _normalise(cfg, report)
-    carry_over(cfg, arch, report)
+    carry_over(cfg, backbone, report)
     imports = cfg.get('custom_imports') or {}
     names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else [*names]
     cfg.custom_imports = {**imports, 'imports': [*names, 'convmlp_mm']}
-    # The processes of our launcher come after its check, which has said it.
-    if 'CONVMLP_MM_ATTEMPT' not in os.environ:
+    if verbose:
         print(*(f'--backbone: {line}' for line in report), sep='\n', file=sys.stderr)
     return cfg
 
@@ -135,10 +137,8 @@ def _has_weights(owner: dict, key: str) -> bool:
 def _swap(
     owner: dict, key: str, scope: str, new: ConfigDict, points: tuple, report: Report
 ) -> None:
-    whole, prefix = (
-        owner[key],
-        key.removesuffix('backbone').removesuffix('image_encoder'),
-    )
+    whole, prefix = owner[key], key.removesuffix('image_encoder')
+    prefix = prefix.removesuffix('backbone')
     old = whole if isinstance(whole, dict) else whole[0]
     kind = str(old['type']).rpartition('.')[2]
     part = old['backbone_cfg'] if kind in COMPOSITES else old
@@ -204,8 +204,6 @@ def _normalise(cfg: Config, report: Report) -> None:
     wanted = {'mean': MEAN, 'std': STD, rgb: True}
     for owner in (cfg, cfg.model, cfg.model.get('detector') or {}):
         given = owner.get('data_preprocessor')
-        if isinstance(given, dict) and any(
-            given.get(k) != v for k, v in wanted.items()
-        ):
+        if isinstance(given, dict) and {**given, **wanted} != given:
             given.update(wanted)
             report.append('data_preprocessor: mean and std as of the weights')

@@ -1,6 +1,5 @@
 """Carry the special rules of an optimizer over to another backbone."""
 
-import torch
 from mmengine.config import Config
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -36,7 +35,7 @@ class BackboneDecayConstructor(DefaultOptimWrapperConstructor):
         params.extend(groups.values())
 
 
-def carry_over(cfg: Config, arch: str, report: Report) -> None:
+def carry_over(cfg: Config, backbone: ConvMLP, report: Report) -> None:
     """Replace layer-wise decay, and drop rules for parameters that are no longer."""
     wrapper = cfg.get('optim_wrapper') or {}
     settings = wrapper.get('paramwise_cfg') or {}
@@ -48,8 +47,7 @@ def carry_over(cfg: Config, arch: str, report: Report) -> None:
         report.append(f'optim_wrapper: {kind} -> BackboneDecayConstructor, {rate}')
         return
     keys = settings.get('custom_keys') or {}
-    with torch.device('meta'):
-        names = [f'backbone.{name}' for name, _ in ConvMLP(arch).named_parameters()]
+    names = [f'backbone.{name}' for name, _ in backbone.named_parameters()]
     # Of the old backbone alone are what it names, and the usual parts of transformers.
     usual = ('absolute_pos_embed', 'relative_position_bias_table', 'pos_embed')
     old = [k for k in keys if k.startswith('backbone.') or k.strip('.') in usual]

@@ -264,7 +264,8 @@ def main() -> None:
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for toolkit in TOOLKITS.values():
         toolkit.register()
-    cases = {k: name for scope in TOOLKITS for k, name in list_cases(scope).items()}
+    scopes = {key.partition(':')[0] for key in args.families} or TOOLKITS
+    cases = {k: name for scope in scopes for k, name in list_cases(scope).items()}
     fork = multiprocessing.get_context('fork')
     for key in args.families or [key for key in cases if key not in found]:
         # One that is killed ends no others.

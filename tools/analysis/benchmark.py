@@ -380,8 +380,7 @@ def build_loader(cfg: Config, workers: int, batch_size: int | None):
 def measure_data(args: argparse.Namespace) -> tuple[dict, str]:
     """Time batches of the training's loader; return JSON and table."""
     with launch.one_line_errors():
-        cfg = find_config(args.config)
-        launch.merge_options(cfg, args.cfg_options or {})
+        cfg = launch.read_model(args)
         if cfg.get('train_dataloader') is None:
             raise ValueError(f'configuration {args.config!r} has no train_dataloader')
         launch.check_data(cfg, ('train',))
